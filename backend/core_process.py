@@ -1,0 +1,248 @@
+"""The engine-core process: what it holds on to from start to end, and the busy loop.
+
+Order matters. The death line is watched first, so that no phase of start-up outlives the parent.
+The address is taken before anything slow is loaded, so that a second core on it fails at once.
+"""
+
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import zmq
+
+from footplate.backend.engine_core import EngineCore
+from footplate.backend.inbox import Inbox, Joined, Left
+from footplate.backend.outbox import Outbox
+from footplate.backend.runner.load import load_runner
+from footplate.protocol.codec import Encoder
+from footplate.protocol.config import CoreConfig
+from footplate.protocol.errors import AddressInUseError, FootplateError
+from footplate.protocol.links import ipc_path, make_owned_dir
+from footplate.protocol.messages import (
+    PROTOCOL_VERSION,
+    EngineFailed,
+    Goodbye,
+    Hello,
+    Progress,
+    Refused,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+BACKLOG_RETRY_S = 0.002
+
+
+def run_core(config: CoreConfig, death_line: int) -> None:
+    """Serve until the death line ends, a signal comes, or the engine fails.
+
+    Args:
+        death_line: a file descriptor on which end-of-file means that the parent is gone.
+
+    Raises:
+        AddressInUseError: another process holds the address.
+        Exception: whatever made loading or the loop fail, after clients have been told.
+    """
+    files = _Files(config)
+    _watch_death_line(death_line, files)
+    try:
+        files.claim_address()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            inbox = Inbox(context, config.address)
+        except zmq.ZMQError as error:
+            raise AddressInUseError(f"cannot listen on {config.address}: {error}") from None
+        outbox = Outbox()
+        try:
+            core = _start(config, inbox)
+            run_busy_loop(core, inbox, outbox)
+        except Exception as error:
+            # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
+            inbox.announce(Refused("start", root_cause(error)))
+            outbox.broadcast(Encoder().encode(EngineFailed(root_cause(error))))
+            raise
+        finally:
+            outbox.close()
+            if inbox.close():
+                context.term()  # delivers what the sockets still hold, within their linger time
+    finally:
+        files.remove()
+
+
+def root_cause(error: BaseException) -> str:
+    """One line that says what went wrong, for people who do not have this process's traceback."""
+    text = " ".join(str(error).split()) or "no message"
+    return text if isinstance(error, FootplateError) else f"{type(error).__name__}: {text}"
+
+
+def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
+    phases = _PhaseTimer(inbox.announce)
+    runner = load_runner(config.model, config.cache, config.scheduler, phases.enter)
+    core = EngineCore(
+        runner, config.cache, config.scheduler, epoch=secrets.randbits(63), clock=time.monotonic
+    )
+    welcome = Welcome(
+        epoch=core.epoch,
+        version=PROTOCOL_VERSION,
+        model=core.model,
+        limits=core.limits,
+        process_id=os.getpid(),
+        phases=phases.finish(),
+    )
+    inbox.announce(welcome)
+    logger.info("ready: %s on %s", core.model.model, config.address)
+    return core
+
+
+def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
+    """Drive `core` for ever. Sleeps only when there is nothing to do: between two steps a
+    blocking receive would add its wake-up latency to every token."""
+    encoder = Encoder()
+    while True:
+        for client, event in inbox.take(_patience(core, outbox)):
+            match event:
+                case Joined(push=push):
+                    outbox.join(client, push)
+                    core.join(client)
+                case Left():
+                    core.leave(client)
+                    outbox.leave(client)
+                case Hello() | Goodbye():
+                    raise AssertionError("the inbox keeps these to itself")
+                case _:
+                    if reply := core.handle(client, event):
+                        outbox.send(client, encoder.encode(reply))
+        core.step()
+        for client, outputs in core.take_outputs():
+            if not outbox.send(client, encoder.encode(outputs)):
+                core.leave(client)
+                outbox.leave(client)
+        if outbox.has_backlog:
+            outbox.flush()
+
+
+def _patience(core: EngineCore, outbox: Outbox) -> float | None:
+    if core.has_work:
+        return 0
+    return BACKLOG_RETRY_S if outbox.has_backlog else None
+
+
+class _PhaseTimer:
+    """Times the phases of start-up and announces each of them."""
+
+    def __init__(self, announce: Callable[[Progress], None]) -> None:
+        self._announce = announce
+        self._seconds: dict[str, float] = {}
+        self._phase = "importing"
+        self._since = time.monotonic()
+
+    def enter(self, phase: str, fraction: float) -> None:
+        """A phase begins, or has come as far as `fraction` (0 to 1)."""
+        if phase != self._phase:
+            self._close()
+            self._phase = phase
+        self._announce(Progress(phase, fraction))
+
+    def finish(self) -> dict[str, float]:
+        """Seconds that each phase took."""
+        self._close()
+        return self._seconds
+
+    def _close(self) -> None:
+        now = time.monotonic()
+        self._seconds[self._phase] = round(now - self._since, 3)
+        self._since = now
+
+
+class _Files:
+    """Owns what the core leaves in the file system, so that it leaves nothing."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._socket = ipc_path(config.address)
+        self._private_dir = config.private_dir
+        self._lock: int | None = None
+
+    def claim_address(self) -> None:
+        """Take the exclusive right to the ipc path. Binding alone would not do: it silently
+        steals the path from a live core.
+
+        Raises:
+            AddressInUseError: a live process has it, or something that is no socket is there.
+        """
+        if self._socket is None:
+            return  # binding a TCP port is exclusive by itself
+        make_owned_dir(self._socket.parent)
+        self._lock = _lock_exclusively(_lock_path(self._socket))
+        if self._socket.is_symlink() or (self._socket.exists() and not self._socket.is_socket()):
+            raise AddressInUseError(f"{self._socket} exists and is not a socket: remove it")
+        # What a core and clients left behind that were killed together. A client may also be
+        # early, and wait for this very core.
+        for path in self._socket.parent.glob(self._socket.name + ".*"):
+            if path.is_socket() and not _has_listener(path):
+                path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove socket, lock and private folder. Called once, from whichever thread is last."""
+        if self._socket is not None and self._lock is not None:
+            for path in self._socket.parent.glob(self._socket.name + ".*"):
+                if path.is_socket() and not _has_listener(path):
+                    path.unlink(missing_ok=True)
+            self._socket.unlink(missing_ok=True)
+            _lock_path(self._socket).unlink(missing_ok=True)
+        if self._private_dir is not None:
+            shutil.rmtree(self._private_dir, ignore_errors=True)
+
+
+def _has_listener(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(0.1)
+        return probe.connect_ex(str(path)) == 0
+
+
+def _lock_path(socket_path: Path) -> Path:
+    return socket_path.with_name(socket_path.name + ".lock")
+
+
+def _lock_exclusively(path: Path) -> int:
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 32, 0).decode(errors="replace") or "unknown"
+            os.close(lock)
+            raise AddressInUseError(
+                f"another engine core (process {holder}) holds {path.with_suffix('')}: stop it, "
+                "or choose another address"
+            ) from None
+        # The holder before us may have removed the file between our open and our lock; a lock
+        # on a file without a name excludes nobody.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
+                return lock
+        os.close(lock)
+
+
+def _watch_death_line(death_line: int, files: _Files) -> None:
+    def watch() -> None:
+        with suppress(OSError):
+            while os.read(death_line, 4096):
+                pass  # the parent has nothing more to say; only the end counts
+        files.remove()
+        sys.stderr.flush()
+        # Not sys.exit: the main thread may be deep in a forward pass, and nothing of what it
+        # holds is worth waiting for.
+        os._exit(0)
+
+    threading.Thread(target=watch, name="death line", daemon=True).start()

@@ -1,0 +1,241 @@
+"""The engine core's ear: one thread that receives what clients send.
+
+A thread of its own, because a forward pass may take seconds: clients that come, and clients of
+another version, are answered meanwhile, and frames are decoded while the model computes.
+"""
+
+import logging
+import os
+import queue
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from footplate.backend.engine_core import ClientId
+from footplate.protocol.codec import (
+    MAX_FRAME_BYTES,
+    BadFrameError,
+    Encoder,
+    client_message_decoder,
+)
+from footplate.protocol.links import accepts_output_endpoint, ipc_path, output_endpoint
+from footplate.protocol.messages import (
+    PROTOCOL_VERSION,
+    ClientMessage,
+    Goodbye,
+    Hello,
+    Progress,
+    Refused,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+RECEIVE_HIGH_WATER_MARK = 10_000  # messages per client
+SEND_HIGH_WATER_MARK = 1_000  # steps per client; beyond it the outbox keeps a byte budget
+MAX_BATCH = 256  # messages handed over at once
+MAX_BATCHES = 64  # handed over and not yet taken; then clients feel back pressure
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A client has said Hello. Its PUSH socket changes hands with this event: from here on it
+    belongs to whoever takes the event."""
+
+    push: zmq.Socket[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A client has said Goodbye, or its process is gone."""
+
+
+InboxEvent = tuple[ClientId, Joined | Left | ClientMessage]
+
+
+class Inbox:
+    """Owns the ROUTER and, until a client has joined, its PUSH. Knows who is here; knows nothing
+    of requests."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        """Bind `address`. Raises zmq.ZMQError when that is impossible."""
+        self.num_bad_messages = 0
+        self._context = context
+        self._address = address
+        self._encoder = Encoder()
+        self._decoder = client_message_decoder()
+        self._batches: queue.Queue[list[InboxEvent]] = queue.Queue(MAX_BATCHES)
+        self._monitors: dict[zmq.Socket[bytes], ClientId] = {}
+        self._clients: set[ClientId] = set()
+        self._hopefuls: dict[ClientId, Hello] = {}  # came while the core was starting
+        self._failure: BaseException | None = None
+        self._closing = False
+        self._state: Progress | Welcome | Refused = Progress("starting", 0.0)
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        self._router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+        self._router.set(zmq.LINGER, 1000)
+        self._router.set(zmq.ROUTER_MANDATORY, 1)  # a vanished client is an error, not silence
+        self._router.set(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        self._router.set(zmq.SNDHWM, RECEIVE_HIGH_WATER_MARK)
+        self._router.set(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
+        self._router.bind(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._wake_read, zmq.POLLIN)
+        self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
+        self._thread.start()
+
+    # ---- called by the main thread
+
+    def announce(self, state: Progress | Welcome | Refused) -> None:
+        """What a Hello is answered with from now on; whoever waits for it is told at once."""
+        self._state = state
+        os.write(self._wake_write, b"!")
+
+    def take(self, timeout_s: float | None) -> list[InboxEvent]:
+        """All that has arrived. When there is nothing, wait: for ever on None, not at all on 0.
+
+        Raises:
+            RuntimeError: the thread has ended, which is a bug; the core must not live on deaf.
+        """
+        if self._failure is not None:
+            raise RuntimeError("the inbox thread failed") from self._failure
+        with suppress(queue.Empty):
+            events = (
+                self._batches.get_nowait()
+                if timeout_s == 0
+                else self._batches.get(timeout=timeout_s)
+            )
+            while True:
+                try:
+                    events += self._batches.get_nowait()
+                except queue.Empty:
+                    return events
+        return []
+
+    def close(self) -> bool:
+        """End the thread and close its sockets; whether it did so in time."""
+        self._closing = True
+        os.write(self._wake_write, b"!")
+        self._thread.join(timeout=1.0)
+        return not self._thread.is_alive()
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                for ready, _ in self._poller.poll():
+                    self._serve(ready)
+            for monitor in self._monitors:
+                monitor.close(linger=0)
+            self._router.close()
+        except BaseException as error:
+            self._failure = error
+            self._batches.put([])  # wakes the main thread, which raises on its next turn
+
+    def _serve(self, ready: object) -> None:
+        if ready is self._router:
+            self._receive()
+        elif ready == self._wake_read:
+            os.read(self._wake_read, 4096)
+            self._tell_hopefuls()
+        elif isinstance(ready, zmq.Socket):
+            self._on_monitor(ready)
+
+    def _receive(self) -> None:
+        batch: list[InboxEvent] = []
+        while len(batch) < MAX_BATCH:
+            try:
+                client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                message = self._decoder.decode(frames[0] if len(frames) == 1 else b"")
+            except BadFrameError as error:
+                self._count_bad_message(str(error))
+                continue
+            if isinstance(message, Hello):
+                batch += self._greet(client, message)
+            elif client not in self._clients:
+                self._count_bad_message("a message from a client that has not said hello")
+            elif isinstance(message, Goodbye):
+                batch += self._forget(client)
+            else:
+                batch.append((client, message))
+        if batch:
+            self._batches.put(batch)
+
+    def _count_bad_message(self, why: str) -> None:
+        self.num_bad_messages += 1
+        if self.num_bad_messages.bit_count() == 1:  # at 1, 2, 4, 8, ...: a flood fills no log
+            logger.warning("dropped bad message number %d: %s", self.num_bad_messages, why)
+
+    def _greet(self, client: ClientId, hello: Hello) -> list[InboxEvent]:
+        ours = ".".join(map(str, PROTOCOL_VERSION))
+        theirs = ".".join(map(str, hello.version))
+        if hello.version[0] != PROTOCOL_VERSION[0]:
+            reason = f"the engine core speaks protocol {ours}, the client {theirs}"
+            self._answer(client, Refused("protocol", f"{reason}: install one release for both"))
+        elif not accepts_output_endpoint(self._address, client, hello.output_endpoint):
+            self._answer(client, Refused("hello", "the output endpoint is not the client's own"))
+        elif isinstance(self._state, Welcome):
+            return self._welcome(client, hello)
+        else:
+            self._hopefuls[client] = hello
+            self._answer(client, self._state)
+        return []
+
+    def _welcome(self, client: ClientId, hello: Hello) -> list[InboxEvent]:
+        if client in self._clients:  # it asked again before it saw the answer
+            self._answer(client, self._state)
+            return []
+        push: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        push.set(zmq.LINGER, 1000)  # long enough for last words
+        push.set(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        # Two events that say that a client's process is gone: its PULL closed, or it was never
+        # there (a client binds before it says Hello).
+        monitor = push.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+        push.connect(hello.output_endpoint)
+        self._poller.register(monitor, zmq.POLLIN)
+        self._monitors[monitor] = client
+        self._clients.add(client)
+        self._answer(client, self._state)
+        return [(client, Joined(push))]
+
+    def _forget(self, client: ClientId) -> list[InboxEvent]:
+        if client not in self._clients:
+            return []
+        self._clients.remove(client)
+        monitor = next(m for m, owner in self._monitors.items() if owner == client)
+        del self._monitors[monitor]
+        self._poller.unregister(monitor)
+        monitor.close(linger=0)
+        if ipc_path(self._address):
+            # A client that was killed could not remove its socket file.
+            endpoint = output_endpoint(self._address, client)
+            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+        return [(client, Left())]
+
+    def _on_monitor(self, monitor: zmq.Socket[bytes]) -> None:
+        client = self._monitors.get(monitor)
+        if client is not None and (events := self._forget(client)):
+            self._batches.put(events)
+
+    def _tell_hopefuls(self) -> None:
+        if isinstance(self._state, Welcome):
+            joined = [e for c, hello in self._hopefuls.items() for e in self._welcome(c, hello)]
+            self._hopefuls.clear()
+            if joined:
+                self._batches.put(joined)
+        else:
+            for client in self._hopefuls:
+                self._answer(client, self._state)
+
+    def _answer(self, client: ClientId, message: Progress | Welcome | Refused) -> None:
+        with suppress(zmq.ZMQError):  # it is gone, or reads nothing
+            self._router.send_multipart([client, self._encoder.encode(message)], zmq.NOBLOCK)

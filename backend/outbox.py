@@ -1,0 +1,82 @@
+"""The engine core's voice: one PUSH per client, and a byte budget for those who do not listen."""
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+
+import zmq
+
+from footplate.backend.engine_core import ClientId
+
+logger = logging.getLogger(__name__)
+
+# What one client may leave unread in this process, beyond its socket's high-water mark.
+MAX_BACKLOG_BYTES = 64 * 2**20
+
+
+@dataclass(slots=True)
+class _Lane:
+    push: zmq.Socket[bytes]
+    backlog: deque[bytes] = field(default_factory=deque)
+    backlog_bytes: int = 0
+
+
+class Outbox:
+    """Owns the PUSH sockets of the clients that have joined. Never blocks: a client that stops
+    reading costs its budget, then it is told nothing more and `send` says so."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[ClientId, _Lane] = {}
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether `flush` might get rid of something."""
+        return any(lane.backlog for lane in self._lanes.values())
+
+    def join(self, client: ClientId, push: zmq.Socket[bytes]) -> None:
+        """Take over the socket of a client that has come."""
+        self._lanes[client] = _Lane(push)
+
+    def leave(self, client: ClientId) -> None:
+        """Close the socket of a client that has gone. Unknown clients are no error."""
+        if lane := self._lanes.pop(client, None):
+            lane.push.close(linger=0)
+
+    def send(self, client: ClientId, frame: bytes) -> bool:
+        """Send or keep one frame; False when the client's budget is spent."""
+        lane = self._lanes.get(client)
+        if lane is None:
+            return True  # it left; there is nobody to tell, and nothing went wrong
+        if not lane.backlog and _push(lane, frame):
+            return True
+        if lane.backlog_bytes + len(frame) > MAX_BACKLOG_BYTES:
+            logger.warning("a client left %d bytes unread: dropped", lane.backlog_bytes)
+            return False
+        lane.backlog.append(frame)
+        lane.backlog_bytes += len(frame)
+        return True
+
+    def flush(self) -> None:
+        """Send what could not be sent before, in order."""
+        for lane in self._lanes.values():
+            while lane.backlog and _push(lane, lane.backlog[0]):
+                lane.backlog_bytes -= len(lane.backlog.popleft())
+
+    def broadcast(self, frame: bytes) -> None:
+        """Tell everyone, as far as their sockets take it: last words wait for nobody."""
+        for lane in self._lanes.values():
+            _push(lane, frame)
+
+    def close(self) -> None:
+        """Close all sockets; what they hold is still delivered within their linger time."""
+        for lane in self._lanes.values():
+            lane.push.close()
+        self._lanes.clear()
+
+
+def _push(lane: _Lane, frame: bytes) -> bool:
+    try:
+        lane.push.send(frame, zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""One request inside the engine core: its tokens, its place in the cache, its state."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from footplate.protocol.messages import FinishReason
+from footplate.protocol.params import TokenParams
+
+
+class State(Enum):
+    """Where a request is in its life."""
+
+    WAITING = auto()  # holds no KV blocks, has never run
+    RUNNING = auto()  # holds KV blocks and takes part in every step the budget allows
+    PREEMPTED = auto()  # lost its KV blocks; will recompute them
+    FINISHED = auto()  # holds no KV blocks; out of the scheduler
+
+
+class Event(Enum):
+    """What moves a request from state to state."""
+
+    ADMIT = auto()
+    PREEMPT = auto()
+    FINISH = auto()
+
+
+# The whole life of a request. What is not in this table is a bug.
+TRANSITIONS = {
+    (State.WAITING, Event.ADMIT): State.RUNNING,
+    (State.WAITING, Event.FINISH): State.FINISHED,  # aborted before its first step
+    (State.RUNNING, Event.PREEMPT): State.PREEMPTED,
+    (State.RUNNING, Event.FINISH): State.FINISHED,
+    (State.PREEMPTED, Event.ADMIT): State.RUNNING,
+    (State.PREEMPTED, Event.FINISH): State.FINISHED,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Written by the scheduler only; the model runner reads it.
+
+    Attributes:
+        key: unique in the life of this core; runners key per-request state by it.
+        client: whose it is.
+        handle: the client's number for it.
+        token_ids: prompt followed by output, so position i of the KV cache is token i.
+        num_prompt_tokens: where the output starts in `token_ids`.
+        arrival: counts adds; a smaller one came first.
+        num_computed_tokens: length of the prefix whose keys and values are in the cache.
+        block_ids: the request's block table (PagedAttention, Kwon et al., SOSP '23, section
+            4.2): token i lives in block block_ids[i // block_size], at i % block_size.
+        block_hashes: prefix-cache hash of every full block known so far (see `prefix_hash`).
+        num_cached_tokens: prompt tokens found in the prefix cache at first admission; -1 before.
+    """
+
+    key: int
+    client: bytes
+    handle: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: TokenParams
+    priority: int = 0
+    arrival: int = 0
+    cache_salt: str = ""
+    arrival_time: float = 0.0
+    scheduled_time: float = 0.0
+    state: State = State.WAITING
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_registered_blocks: int = 0
+    num_cached_tokens: int = -1
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens produced so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def advance(self, event: Event) -> None:
+        """Apply one event. An event the table does not allow is an AssertionError."""
+        key = (self.state, event)
+        assert key in TRANSITIONS, f"request {self.key}: {event} in {self.state}"
+        self.state = TRANSITIONS[key]

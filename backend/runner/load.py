@@ -1,0 +1,36 @@
+"""From a model's name to a model runner. Imports torch only for models that need it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from footplate.backend.runner.fake import FakeModelRunner
+from footplate.backend.step import ModelRunner
+from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
+from footplate.protocol.errors import EngineStartError
+
+DEMO_MODEL = Path(__file__).parent.parent / "models" / "demo"
+
+
+def load_runner(
+    model: ModelConfig,
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    on_progress: Callable[[str, float], None],
+) -> ModelRunner:
+    """Load what `model.model` names: "fake", "demo", a folder, or a cached hub model.
+
+    Raises:
+        EngineStartError: a real model was asked for, and torch or transformers is missing.
+        Exception: whatever makes loading fail, with a message for the user.
+    """
+    if model.model == "fake":
+        return FakeModelRunner(model, cache, DEMO_MODEL)
+    on_progress("importing torch", 0.0)
+    try:
+        from footplate.backend.runner.model_runner import load_model_runner
+    except ModuleNotFoundError as error:
+        raise EngineStartError(
+            f"model {model.model!r} needs the package {error.name!r}: "
+            "pip install 'footplate-llm[engine]'"
+        ) from None
+    return load_model_runner(model, cache, scheduler, on_progress)

@@ -1,0 +1,228 @@
+"""The client's end of the link: two sockets on an asyncio event loop.
+
+Plain sockets and their file descriptors, not zmq.asyncio: one wake-up drains all that has
+arrived, where zmq.asyncio would cost a future per message.
+"""
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+import zmq
+
+from footplate.protocol.codec import (
+    MAX_FRAME_BYTES,
+    BadFrameError,
+    Encoder,
+    core_message_decoder,
+)
+from footplate.protocol.errors import EngineStartError, ProtocolMismatchError
+from footplate.protocol.links import ipc_path, new_client_id, output_endpoint
+from footplate.protocol.messages import (
+    PROTOCOL_VERSION,
+    CoreMessage,
+    Goodbye,
+    Hello,
+    Message,
+    Progress,
+    Refused,
+    Welcome,
+)
+
+RECEIVE_HIGH_WATER_MARK = 1_000  # steps
+SEND_HIGH_WATER_MARK = 10_000  # requests and aborts
+MAX_MESSAGES_PER_TURN = 64  # then the event loop gets a turn
+RECONNECT_MS = 10
+UNSENT_RETRY_S = 0.001
+
+
+class Connection:
+    """Owns the DEALER, the PULL and the client's identity. Use from one event loop.
+
+    Knows messages and nothing of requests: what comes is handed on, what goes is queued in order.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        on_messages: Callable[[list[CoreMessage]], None],
+        on_lost: Callable[[str], None],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        """Args:
+        on_messages: called with all that one wake-up of the event loop brought, in order.
+        on_lost: called once with the reason, when the core is gone after it has welcomed us.
+        """
+        self.num_bad_messages = 0
+        self._address = address
+        self._on_messages = on_messages
+        self._on_lost = on_lost
+        self._on_progress = on_progress
+        self._loop = asyncio.get_running_loop()
+        self._encode = Encoder().encode
+        self._decode = core_message_decoder().decode
+        self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
+        self._unsent: deque[bytes] = deque()
+        self._room: asyncio.Future[None] | None = None
+        client_id = new_client_id()
+        endpoint = output_endpoint(address, client_id)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._dealer = self._socket(zmq.DEALER)
+        self._dealer.set(zmq.ROUTING_ID, client_id)
+        self._dealer.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._pull = self._socket(zmq.PULL)
+        path = Path(endpoint.removeprefix("ipc://")) if ipc_path(address) else None
+        if path and not path.parent.is_dir():
+            self._context.destroy(linger=0)
+            raise EngineStartError(f"no engine listens on {address}: start one, then connect")
+        self._pull.bind(endpoint)
+        if path:
+            path.chmod(0o600)  # the folder keeps others out already; this says so again
+        self._endpoint = cast(bytes, self._pull.get(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
+        self._finalizer = weakref.finalize(self, _close, self._context, path)
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(kind)
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        socket.set(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        socket.set(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
+        return socket
+
+    # ---- life
+
+    async def open(self, timeout_s: float) -> Welcome:
+        """Say Hello and wait until the core is ready.
+
+        Raises:
+            EngineStartError: it could not start, or did not answer in time.
+            ProtocolMismatchError: it speaks another version.
+        """
+        for socket, read in (
+            (self._dealer, self._read_dealer),
+            (self._pull, self._read_pull),
+            (self._monitor, self._read_monitor),
+        ):
+            self._loop.add_reader(cast(int, socket.get(zmq.FD)), read)
+        self._dealer.connect(self._address)
+        self.send(Hello(PROTOCOL_VERSION, self._endpoint))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._welcome
+        except TimeoutError:
+            raise EngineStartError(
+                f"no engine on {self._address} was ready within {timeout_s:g} s: is one running?"
+            ) from None
+
+    def refuse(self, error: EngineStartError) -> None:
+        """Give up waiting in `open`: the core is known to be gone."""
+        if not self._welcome.done():
+            self._welcome.set_exception(error)
+
+    def close(self) -> None:
+        """Take leave and close the sockets. May be called more than once."""
+        if not self._finalizer.alive:
+            return
+        for socket in (self._dealer, self._pull, self._monitor):
+            with suppress(RuntimeError):  # the loop is closed already
+                self._loop.remove_reader(cast(int, socket.get(zmq.FD)))
+        with suppress(zmq.ZMQError):
+            self._dealer.set(zmq.LINGER, 100)  # ms; Goodbye may still be on its way
+            self._dealer.send(self._encode(Goodbye()), zmq.NOBLOCK)
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        self._welcome.cancel()
+        self._finalizer()
+
+    # ---- sending
+
+    def send(self, message: Message) -> None:
+        """Queue one message; never blocks. Raises MessageTooLargeError."""
+        frame = self._encode(message)
+        if self._unsent or not self._try_send(frame):
+            if not self._unsent:
+                self._loop.call_later(UNSENT_RETRY_S, self._send_unsent)
+            self._unsent.append(frame)
+
+    async def has_room(self) -> None:
+        """Wait until the core has taken what `send` could not get rid of."""
+        while self._unsent:
+            if self._room is None:
+                self._room = self._loop.create_future()
+            await asyncio.shield(self._room)
+
+    def _try_send(self, frame: bytes) -> bool:
+        try:
+            self._dealer.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        # A send may swallow the edge by which the file descriptor reports an arrival.
+        if cast(int, self._dealer.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._read_dealer)
+        return True
+
+    def _send_unsent(self) -> None:
+        while self._unsent and not self._dealer.closed and self._try_send(self._unsent[0]):
+            self._unsent.popleft()
+        if self._unsent and not self._dealer.closed:
+            self._loop.call_later(UNSENT_RETRY_S, self._send_unsent)
+        elif self._room is not None:
+            self._room.set_result(None)
+            self._room = None
+
+    # ---- receiving
+
+    def _read_pull(self) -> None:
+        messages = self._receive(self._pull, self._read_pull)
+        if messages:
+            self._on_messages(messages)
+
+    def _read_dealer(self) -> None:
+        for message in self._receive(self._dealer, self._read_dealer):
+            match message:
+                case Progress():
+                    self._on_progress(message)
+                case Welcome() if not self._welcome.done():
+                    self._welcome.set_result(message)
+                case Refused(kind=kind, reason=reason):
+                    error = ProtocolMismatchError if kind == "protocol" else EngineStartError
+                    self.refuse(error(reason))
+
+    def _receive(
+        self, socket: zmq.Socket[bytes], read_again: Callable[[], None]
+    ) -> list[CoreMessage]:
+        messages: list[CoreMessage] = []
+        if socket.closed:
+            return messages
+        for _ in range(MAX_MESSAGES_PER_TURN):
+            try:
+                frame = socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            try:
+                messages.append(self._decode(frame))
+            except BadFrameError:
+                self.num_bad_messages += 1
+        # The descriptor reports edges, not levels: what is left here would not be reported.
+        self._loop.call_soon(read_again)
+        return messages
+
+    def _read_monitor(self) -> None:
+        with suppress(zmq.Again):
+            self._monitor.recv_multipart(zmq.NOBLOCK)
+            # Its last words come by another socket and may be waiting there.
+            self._read_pull()
+            if self._welcome.done():
+                self._on_lost("the engine core closed the connection")
+
+
+def _close(context: "zmq.Context[zmq.Socket[bytes]]", path: Path | None) -> None:
+    context.destroy()
+    if path is not None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

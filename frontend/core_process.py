@@ -1,0 +1,103 @@
+"""Starts an engine core as a child process, notices its end, ends it.
+
+The child is started by command, never by fork: nothing of this process is copied, no `__main__`
+guard is needed, and it works in notebooks and under any event loop.
+"""
+
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from footplate.protocol.codec import BadFrameError, core_message_decoder
+from footplate.protocol.config import CoreConfig
+from footplate.protocol.errors import AddressInUseError, EngineStartError
+from footplate.protocol.messages import Refused
+
+STOP_TIMEOUT_S = 5.0
+
+
+class CoreProcess:
+    """One engine-core process. Owns the child and its death line.
+
+    When this object is dropped, or this process ends in any way, the child ends too: it sees the
+    end of its standard input.
+    """
+
+    def __init__(self, config: CoreConfig, on_exit: Callable[[EngineStartError], object]) -> None:
+        """Start the child.
+
+        Args:
+            on_exit: called once, from a thread of its own, when the child has ended; the error
+                says why, as far as that can be known.
+        """
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "footplate.backend"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # A terminal's Ctrl-C goes to a whole process group; what it means for the core is
+            # this process's decision.
+            start_new_session=True,
+        )
+        assert self._child.stdin is not None
+        packed = msgspec.msgpack.encode(config)
+        with suppress(BrokenPipeError):  # it is gone already; on_exit says why
+            self._child.stdin.write(struct.pack("<I", len(packed)) + packed)
+            self._child.stdin.flush()
+        threading.Thread(
+            target=_wait_for_end, args=(self._child, on_exit), name="core watcher", daemon=True
+        ).start()
+        self._finalizer = weakref.finalize(self, _stop, self._child)
+
+    @property
+    def process_id(self) -> int:
+        """The child's pid."""
+        return self._child.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """The child's exit status; None while it runs."""
+        return self._child.poll()
+
+    def stop(self) -> None:
+        """End the child and wait until it is gone. May be called more than once."""
+        self._finalizer()
+
+
+def _stop(child: "subprocess.Popen[bytes]") -> None:
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):
+        child.stdin.close()
+    try:
+        child.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _wait_for_end(
+    child: "subprocess.Popen[bytes]", on_exit: Callable[[EngineStartError], object]
+) -> None:
+    assert child.stdout is not None
+    with child.stdout:
+        last_words = child.stdout.read()  # ends when the child does
+    on_exit(_explain_end(child.wait(), last_words))
+
+
+def _explain_end(status: int, last_words: bytes) -> EngineStartError:
+    with suppress(BadFrameError):
+        message = core_message_decoder().decode(last_words)
+        if isinstance(message, Refused):
+            kind = AddressInUseError if message.kind == "address" else EngineStartError
+            return kind(message.reason)
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = ", perhaps because the machine ran out of memory" if name == "SIGKILL" else ""
+        return EngineStartError(f"the engine core was killed by {name}{hint}")
+    return EngineStartError(f"the engine core ended with exit status {status}; see its log")

@@ -1,0 +1,132 @@
+"""`EngineArgs`: everything an engine is started with, flat, under vLLM's names."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from footplate.protocol.config import CacheConfig, CoreConfig, ModelConfig, SchedulerConfig
+from footplate.protocol.errors import InvalidParameterError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs:
+    """Arguments of an engine. Bounds are checked when it is built.
+
+    Raises:
+        InvalidParameterError: a value is out of its bounds.
+    """
+
+    model: str = "demo"
+    """A folder with config.json and safetensors, the name of a cached hub model, "demo" (a small
+    trained model that ships with Footplate), or "fake" (no torch: a pure function of the prefix,
+    for load and fault tests)."""
+
+    tokenizer: str | None = None
+    """Folder of the tokenizer; the model's own if not given."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights, activations and KV cache; "auto" takes the checkpoint's."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; "auto" takes CUDA when there is a GPU."""
+
+    max_model_len: int | None = None
+    """Longest prompt plus output, in tokens; the model's own limit if not given."""
+
+    block_size: int = 16
+    """Tokens per KV-cache block."""
+
+    num_gpu_blocks_override: int | None = None
+    """Exact number of KV-cache blocks, on any device."""
+
+    kv_cache_memory_bytes: int | None = None
+    """Size of the KV cache in bytes, on any device."""
+
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory for weights, activations and KV cache."""
+
+    enable_prefix_caching: bool = True
+    """Keep computed prefixes and share them between requests."""
+
+    max_num_seqs: int = 256
+    """Most requests in one step."""
+
+    max_num_batched_tokens: int = 512
+    """Token budget of one step, decodes and prompt chunks alike."""
+
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """First come, first served; or by the requests' priority, lower first."""
+
+    threads: int | None = None
+    """CPU threads of the forward pass; the cores of the CPU set if not given."""
+
+    start_timeout_s: float = 600.0
+    """One deadline for all of start-up."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+    """Of the engine core's log on standard error."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
+            _require_positive(name, getattr(self, name), optional=True)
+        _require_positive("threads", self.threads, optional=True)
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _require_positive(name, getattr(self, name))
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidParameterError(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"at least max_num_seqs ({self.max_num_seqs}): every running request gets a "
+                "token in every step",
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidParameterError(
+                "gpu_memory_utilization", self.gpu_memory_utilization, "above 0 and at most 1"
+            )
+        if not self.start_timeout_s > 0:
+            raise InvalidParameterError("start_timeout_s", self.start_timeout_s, "above 0")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InvalidParameterError(name, getattr(self, name), f"one of {allowed}")
+
+    def core_config(self, address: str, private_dir: str | None = None) -> CoreConfig:
+        """What one engine core at `address` is told; it removes `private_dir` when it ends."""
+        return CoreConfig(
+            address=address,
+            private_dir=private_dir,
+            model=ModelConfig(
+                model=self.model,
+                tokenizer=self.tokenizer,
+                dtype=self.dtype,
+                device=self.device,
+                max_model_len=self.max_model_len,
+                num_threads=self.threads,
+            ),
+            cache=CacheConfig(
+                block_size=self.block_size,
+                num_gpu_blocks_override=self.num_gpu_blocks_override,
+                kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                enable_prefix_caching=self.enable_prefix_caching,
+            ),
+            scheduler=SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                policy=self.scheduling_policy,
+            ),
+            log_level=self.log_level,
+        )
+
+
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda"),
+    "scheduling_policy": ("fcfs", "priority"),
+    "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),
+}
+
+
+def _require_positive(name: str, value: object, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidParameterError(name, value, "a positive integer")

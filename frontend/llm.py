@@ -1,0 +1,196 @@
+"""`LLM`: the same client for programs without an event loop."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from footplate.frontend.async_llm_engine import AsyncLLMEngine
+from footplate.frontend.engine_args import EngineArgs
+from footplate.frontend.outputs import RequestOutput
+from footplate.frontend.prompts import Prompt
+from footplate.frontend.text import Tokenizer
+from footplate.protocol.errors import InvalidRequestError
+from footplate.protocol.messages import Stats
+from footplate.protocol.params import RequestOutputKind, SamplingParams
+
+T = TypeVar("T")
+
+
+class LLM:
+    """An engine behind plain calls. Owns a thread with an event loop, and an `AsyncLLMEngine` on
+    it.
+
+        llm = LLM(model="demo")
+        for output in llm.generate(["The function returns", "A list is"]):
+            print(output.outputs[0].text)
+    """
+
+    def __init__(self, model: str = "demo", **engine_args: Any) -> None:
+        """Start the engine and wait until it is ready. For arguments see `EngineArgs`.
+
+        Raises:
+            InvalidParameterError: an argument is out of its bounds.
+            EngineStartError: with the root cause.
+        """
+        self._engine = AsyncLLMEngine(EngineArgs(model=model, **engine_args))
+        self._loop = _new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="footplate LLM", daemon=True
+        )
+        self._thread.start()
+        try:
+            self._run(self._engine.start())
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; results stand in the order of the prompts.
+
+        Args:
+            prompts: one prompt, or a list of them. A list of token ids, or of chat messages, is
+                one prompt.
+            sampling_params: one for all, or one for each.
+
+        Raises:
+            InvalidRequestError: a prompt was refused; the others are ended.
+        """
+        each = _as_prompt_list(prompts)
+        return self._run(self._generate_all(each, _params_for(each, sampling_params), use_tqdm))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation or a list of them."""
+        return self.generate(messages, sampling_params, use_tqdm=use_tqdm)
+
+    async def _generate_all(
+        self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        from tqdm import tqdm
+
+        with tqdm(total=len(prompts), disable=not use_tqdm, unit="prompt", leave=True) as bar:
+
+            async def complete(prompt: Prompt, params: SamplingParams) -> RequestOutput:
+                async for output in self._engine.generate(prompt, params):
+                    last = output
+                bar.update()
+                return last
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(complete(prompt, param))
+                        for prompt, param in zip(prompts, params, strict=True)
+                    ]
+            except BaseExceptionGroup as errors:
+                # The first to fail has cancelled the others; it is the one to fix.
+                raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the engine's model."""
+        return self._run(self._engine.get_tokenizer())
+
+    def get_stats(self) -> Stats:
+        """The engine core's books."""
+        return self._run(self._engine.get_stats())
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes."""
+        return self._run(self._engine.reset_prefix_cache())
+
+    def shutdown(self) -> None:
+        """End the engine core and the thread. May be called more than once."""
+        if self._thread.is_alive():
+            self._run(_as_coroutine(self._engine))
+            self._stop_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        # The constructor may have failed before there was anything to end.
+        if getattr(self, "_thread", None) is not None:
+            self.shutdown()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C ends the requests as well
+            raise
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _as_coroutine(engine: AsyncLLMEngine) -> None:
+    engine.shutdown()
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    is_list_of_prompts = (
+        isinstance(prompts, Sequence)
+        and not isinstance(prompts, str)
+        and all(_is_prompt(item) for item in prompts)
+    )
+    return list(prompts) if is_list_of_prompts else [prompts]  # type: ignore[arg-type,list-item]
+
+
+def _is_prompt(item: object) -> bool:
+    """Whether `item` is a prompt by itself, so that a sequence of such items is several."""
+    if isinstance(item, Mapping):
+        return "role" not in item  # a chat message is part of a prompt
+    return not isinstance(item, int)
+
+
+def _params_for(
+    prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        # Only the last output is looked at.
+        return [_final_only(params or SamplingParams())] * len(prompts)
+    if len(params) != len(prompts):
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts and {len(params)} sampling params: give one for all, or one "
+            "for each"
+        )
+    return [_final_only(p) for p in params]
+
+
+def _final_only(params: SamplingParams) -> SamplingParams:
+    import msgspec
+
+    return msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)

@@ -1,0 +1,113 @@
+"""From what a user calls a prompt to token ids that the engine core will accept."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from footplate.frontend.text import Tokenizer
+from footplate.protocol.errors import InvalidRequestError, PromptTooLongError
+from footplate.protocol.messages import ModelFacts
+from footplate.protocol.params import SamplingParams
+
+Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text; token ids; chat messages; or a mapping with `prompt` or `prompt_token_ids`, and
+optionally `cache_salt`."""
+
+_MAPPING_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
+
+
+class ParsedPrompt(NamedTuple):
+    """A prompt by its kind; exactly one of the first three is set."""
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    cache_salt: str = ""
+
+
+def parse_prompt(prompt: Prompt) -> ParsedPrompt:
+    """Tell the kinds of prompt apart.
+
+    Raises:
+        InvalidRequestError: it is none of them.
+    """
+    if isinstance(prompt, str):
+        return ParsedPrompt(text=prompt)
+    if isinstance(prompt, Mapping):
+        return _parse_mapping(prompt)
+    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        return ParsedPrompt(messages=prompt)  # type: ignore[arg-type]  # checked by the template
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        return ParsedPrompt(token_ids=_as_token_ids(prompt))
+    raise InvalidRequestError(
+        f"a prompt is text, token ids, a list of chat messages or a mapping with 'prompt' or "
+        f"'prompt_token_ids'; got {type(prompt).__name__}"
+    )
+
+
+def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
+    unknown = set(prompt) - _MAPPING_KEYS
+    if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+        raise InvalidRequestError(
+            "a prompt mapping has either 'prompt' or 'prompt_token_ids', and optionally "
+            f"'cache_salt'; got {sorted(map(str, prompt))}"
+        )
+    salt = prompt.get("cache_salt") or ""
+    if not isinstance(salt, str):
+        raise InvalidRequestError(f"cache_salt must be a string, got {type(salt).__name__}")
+    if "prompt_token_ids" in prompt:
+        return ParsedPrompt(token_ids=_as_token_ids(prompt["prompt_token_ids"]), cache_salt=salt)
+    if not isinstance(prompt["prompt"], str):
+        kind = type(prompt["prompt"]).__name__
+        raise InvalidRequestError(f"'prompt' must be a string, got {kind}")
+    return ParsedPrompt(text=prompt["prompt"], cache_salt=salt)
+
+
+def _as_token_ids(token_ids: object) -> list[int]:
+    # `type(i) is int`, not isinstance: a bool is no token id, and neither is a numpy scalar,
+    # which the wire could not carry.
+    if not isinstance(token_ids, Sequence) or not all(type(i) is int for i in token_ids):
+        raise InvalidRequestError("prompt_token_ids must be a list of Python integers")
+    return list(token_ids)
+
+
+def tokenize(parsed: ParsedPrompt, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """Text and token ids of a prompt that is text or messages. Takes time: not for the event
+    loop when the prompt is long."""
+    if parsed.messages is not None:
+        text = tokenizer.apply_chat_template(parsed.messages)
+        # The template writes the special tokens itself, beginning of sequence included.
+        return text, tokenizer.encode(text, add_special_tokens=False)
+    assert parsed.text is not None
+    return parsed.text, tokenizer.encode(parsed.text)
+
+
+def resolve_max_tokens(token_ids: list[int], params: SamplingParams, model: ModelFacts) -> int:
+    """Check a prompt against the model; return how many tokens the request may produce.
+
+    Raises:
+        PromptTooLongError: it does not fit, alone or with `max_tokens`.
+        InvalidRequestError: it is empty, or an id is outside the vocabulary.
+    """
+    length, limit = len(token_ids), model.max_model_len
+    if not length:
+        raise InvalidRequestError("the prompt is empty: it must have at least one token")
+    if length >= limit:
+        raise PromptTooLongError(
+            f"the prompt has {length} tokens, the model's limit is {limit} for prompt and output "
+            f"together: shorten it by at least {length - limit + 1}, or start the engine with a "
+            "larger max_model_len"
+        )
+    max_tokens = limit - length if params.max_tokens is None else params.max_tokens
+    if length + max_tokens > limit:
+        raise PromptTooLongError(
+            f"the prompt has {length} tokens and max_tokens is {max_tokens}, together "
+            f"{length + max_tokens}; the model's limit is {limit}: shorten the prompt, lower "
+            f"max_tokens to {limit - length}, or leave it None"
+        )
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < model.vocab_size:
+            raise InvalidRequestError(
+                f"token id {token_id} is outside the vocabulary: ids are 0 to "
+                f"{model.vocab_size - 1}"
+            )
+    return max_tokens

@@ -1,0 +1,85 @@
+"""Errors a caller can meet.
+
+* FootplateError
+  - InvalidRequestError (ValueError)   the caller's fault: fix the request, do not retry
+    + InvalidParameterError            one parameter: its name, its value, what would do
+    + PromptTooLongError
+    + DuplicateRequestError
+    + MessageTooLargeError
+  - RequestFailedError                 this request ended early; the engine and the others go on
+  - TokenizerError                     the model folder holds no usable tokenizer
+  - EngineError
+    + EngineStartError                 the engine never became ready: fix the cause, start again
+      . AddressInUseError              another engine holds the address
+      . ProtocolMismatchError          client and engine core are of different versions
+    + EngineDeadError                  the engine core is gone: start a new one
+    + EngineClosedError                the engine was shut down by its owner
+
+A broken invariant is none of these: it is an AssertionError, and it ends the process.
+"""
+
+
+class FootplateError(Exception):
+    """Base of everything Footplate raises on purpose."""
+
+
+class InvalidRequestError(FootplateError, ValueError):
+    """The request cannot be served as it stands; nothing was sent to the engine core."""
+
+
+class InvalidParameterError(InvalidRequestError):
+    """One parameter is out of its bounds.
+
+    Attributes:
+        parameter: its name, as in `SamplingParams` or `EngineArgs`.
+        value: what was given.
+    """
+
+    def __init__(self, parameter: str, value: object, requirement: str) -> None:
+        super().__init__(f"{parameter}={value!r}: must be {requirement}")
+        self.parameter = parameter
+        self.value = value
+
+
+class PromptTooLongError(InvalidRequestError):
+    """Prompt and `max_tokens` do not fit into the model's context window together."""
+
+
+class DuplicateRequestError(InvalidRequestError):
+    """A live request of this client has the same id already."""
+
+
+class MessageTooLargeError(InvalidRequestError):
+    """One message would be larger than the engine core accepts."""
+
+
+class RequestFailedError(FootplateError):
+    """The engine accepted the request and could not finish it. Other requests are unaffected."""
+
+
+class TokenizerError(FootplateError):
+    """The model folder holds no tokenizer that can be loaded here."""
+
+
+class EngineError(FootplateError):
+    """Something about the engine core as a whole, not about one request."""
+
+
+class EngineStartError(EngineError):
+    """The engine core did not become ready; the message holds its root cause."""
+
+
+class AddressInUseError(EngineStartError):
+    """Another process holds the address; nothing was loaded."""
+
+
+class ProtocolMismatchError(EngineStartError):
+    """Client and engine core do not speak the same version of the protocol."""
+
+
+class EngineDeadError(EngineError):
+    """The engine core ended before the request did; the message holds the cause."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was shut down by its owner, or never started."""
