@@ -161,10 +161,10 @@ class Inbox:
                 continue
             if isinstance(message, Hello):
                 batch += self._greet(client, message)
+            elif isinstance(message, Goodbye):
+                batch += self._forget(client)  # it may be gone already: its PULL closed first
             elif client not in self._clients:
                 self._count_bad_message("a message from a client that has not said hello")
-            elif isinstance(message, Goodbye):
-                batch += self._forget(client)
             else:
                 batch.append((client, message))
         if batch:

@@ -109,6 +109,7 @@ class Connection:
             (self._monitor, self._read_monitor),
         ):
             self._loop.add_reader(cast(int, socket.get(zmq.FD)), read)
+            read()  # a descriptor reports nothing before its socket has been found empty once
         self._dealer.connect(self._address)
         self.send(Hello(PROTOCOL_VERSION, self._endpoint))
         try:

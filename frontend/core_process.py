@@ -4,6 +4,7 @@ The child is started by command, never by fork: nothing of this process is copie
 guard is needed, and it works in notebooks and under any event loop.
 """
 
+import shutil
 import signal
 import struct
 import subprocess
@@ -34,9 +35,10 @@ class CoreProcess:
         """Start the child.
 
         Args:
-            on_exit: called once, from a thread of its own, when the child has ended; the error
-                says why, as far as that can be known.
+            on_exit: called once, from a thread of its own, when the child has ended without
+                `stop`; the error says why, as far as that can be known.
         """
+        self._stopping = threading.Event()
         self._child = subprocess.Popen(
             [sys.executable, "-m", "footplate.backend"],
             stdin=subprocess.PIPE,
@@ -51,9 +53,12 @@ class CoreProcess:
             self._child.stdin.write(struct.pack("<I", len(packed)) + packed)
             self._child.stdin.flush()
         threading.Thread(
-            target=_wait_for_end, args=(self._child, on_exit), name="core watcher", daemon=True
+            target=_wait_for_end,
+            args=(self._child, self._stopping, on_exit),
+            name="core watcher",
+            daemon=True,
         ).start()
-        self._finalizer = weakref.finalize(self, _stop, self._child)
+        self._finalizer = weakref.finalize(self, _stop, self._child, self._stopping, config)
 
     @property
     def process_id(self) -> int:
@@ -70,7 +75,8 @@ class CoreProcess:
         self._finalizer()
 
 
-def _stop(child: "subprocess.Popen[bytes]") -> None:
+def _stop(child: "subprocess.Popen[bytes]", stopping: threading.Event, config: CoreConfig) -> None:
+    stopping.set()
     assert child.stdin is not None
     with suppress(BrokenPipeError):
         child.stdin.close()
@@ -79,15 +85,22 @@ def _stop(child: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
+    if config.private_dir is not None:
+        # The core removes it, unless it was killed.
+        shutil.rmtree(config.private_dir, ignore_errors=True)
 
 
 def _wait_for_end(
-    child: "subprocess.Popen[bytes]", on_exit: Callable[[EngineStartError], object]
+    child: "subprocess.Popen[bytes]",
+    stopping: threading.Event,
+    on_exit: Callable[[EngineStartError], object],
 ) -> None:
     assert child.stdout is not None
     with child.stdout:
         last_words = child.stdout.read()  # ends when the child does
-    on_exit(_explain_end(child.wait(), last_words))
+    status = child.wait()
+    if not stopping.is_set():
+        on_exit(_explain_end(status, last_words))
 
 
 def _explain_end(status: int, last_words: bytes) -> EngineStartError:

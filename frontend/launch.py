@@ -68,24 +68,22 @@ class _Launcher:
         )
         try:
             welcome = await self._wait_until_ready()
-            if welcome is not None:
+            # Another core on this address may have answered; then ours is about to fail.
+            if welcome is not None and welcome.process_id == process.process_id:
                 _print_ready(welcome, self._address, time.monotonic() - since)
-                await self._stop.wait()
+            await self._stop.wait()
         except EngineStartError as error:
             self._core_error = self._core_error or error
         finally:
-            # No exit to report any more: this one is wanted.
-            wanted = self._core_error is None
             await asyncio.to_thread(process.stop)
-        if wanted:
+        if self._core_error is None:
             return 0
         print(f"footplate-engine: {self._core_error}", file=sys.stderr)
         return EX_CONFIG if isinstance(self._core_error, AddressInUseError) else EX_SOFTWARE
 
     def _on_core_exit(self, error: EngineStartError) -> None:
-        if not self._stop.is_set():
-            self._core_error = error
-            self._stop.set()
+        self._core_error = error
+        self._stop.set()
 
     async def _wait_until_ready(self) -> Welcome | None:
         """Attach as any client does, until the core is ready; None if told to stop before."""

@@ -74,9 +74,7 @@ def tokenize(parsed: ParsedPrompt, tokenizer: Tokenizer) -> tuple[str, list[int]
     """Text and token ids of a prompt that is text or messages. Takes time: not for the event
     loop when the prompt is long."""
     if parsed.messages is not None:
-        text = tokenizer.apply_chat_template(parsed.messages)
-        # The template writes the special tokens itself, beginning of sequence included.
-        return text, tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode_chat(parsed.messages)
     assert parsed.text is not None
     return parsed.text, tokenizer.encode(parsed.text)
 
