@@ -1,0 +1,402 @@
+"""The sampler against its definition: by hand, by a slow reference, by statistics; and the promise
+that a row's token does not depend on the rows beside it."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from footplate.backend.request import Request
+from footplate.backend.runner import cutoff, sampler
+from footplate.backend.runner.noise import uniform
+from footplate.backend.runner.sampler import MIN_TEMPERATURE, Sampler
+from footplate.protocol.params import TokenParams
+
+# Probabilities with exact logarithms to think in: token 2 is the most likely, then 0, 3, 1.
+PROBS = [0.25, 0.0625, 0.5, 0.125]
+REST = 1 - sum(PROBS)  # token 4: as likely as token 1
+LOGITS = [math.log(p) for p in [*PROBS, REST]]
+
+
+def request(position: int = 0, **params: Any) -> Request:
+    """A request about to sample its output token number `position`."""
+    values: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "seed": 0,
+        "max_tokens": 1000,
+        "min_tokens": 0,
+        "stop_token_ids": (),
+    }
+    return Request(
+        key=0,
+        client=b"",
+        handle=0,
+        token_ids=[0] * (3 + position),
+        num_prompt_tokens=3,
+        params=TokenParams(**(values | params)),
+    )
+
+
+def sample(logits: Iterable[Sequence[float]], requests: list[Request]) -> list[int]:
+    return Sampler().sample(torch.tensor(list(logits), dtype=torch.float32), requests)
+
+
+def seen(logits: Sequence[float], count: int = 2000, seed: int = 0, **params: Any) -> Counter[int]:
+    """How often each token comes up, over 500 output positions of each of some seeds."""
+    requests = [request(i % 500, seed=seed + i // 500, **params) for i in range(count)]
+    return Counter(sample([logits] * count, requests))
+
+
+# ---- greedy
+
+
+def test_temperature_zero_takes_the_largest_logit() -> None:
+    assert sample([LOGITS], [request(temperature=0)]) == [2]
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"top_k": 1}])
+def test_greedy_takes_the_lowest_id_among_equals(greedy: dict[str, Any]) -> None:
+    rows = [[0.0, 7.0, 7.0, 7.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 2.0]]
+    assert sample(rows, [request(**greedy)] * 3) == [1, 0, 3]
+
+
+def test_greedy_ignores_the_other_parameters() -> None:
+    row = request(temperature=0, top_k=2, top_p=0.1, min_p=0.9, seed=5)
+    assert sample([LOGITS], [row]) == [2]
+
+
+# ---- each parameter by its definition
+
+
+def test_without_limits_every_token_comes_up() -> None:
+    assert seen(LOGITS).keys() == {0, 1, 2, 3, 4}
+
+
+def test_top_k_keeps_the_k_most_likely() -> None:
+    assert seen(LOGITS, top_k=2).keys() == {2, 0}
+    assert seen(LOGITS, top_k=3).keys() == {2, 0, 3}
+
+
+def test_top_k_keeps_all_tokens_that_tie_with_the_last() -> None:
+    assert seen(LOGITS, top_k=4).keys() == {2, 0, 3, 1, 4}
+    assert seen([1.0, 1.0, 1.0, 0.0], top_k=2).keys() == {0, 1, 2}
+
+
+@pytest.mark.parametrize("top_k", [5, 6, 2**31 - 1])
+def test_top_k_of_the_whole_vocabulary_or_more_limits_nothing(top_k: int) -> None:
+    assert seen(LOGITS, top_k=top_k) == seen(LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (1e-9, {2}),
+        (0.49, {2}),
+        (0.51, {2, 0}),
+        (0.74, {2, 0}),
+        (0.76, {2, 0, 3}),
+        (0.87, {2, 0, 3}),
+        (0.88, {2, 0, 3, 1, 4}),  # one of the two would do: they tie
+        (0.999999, {2, 0, 3, 1, 4}),
+    ],
+)
+def test_top_p_keeps_the_smallest_set_that_holds_the_mass(top_p: float, kept: set[int]) -> None:
+    assert seen(LOGITS, top_p=top_p).keys() == kept
+
+
+@pytest.mark.parametrize(
+    ("min_p", "kept"),
+    [(0.1, {0, 1, 2, 3, 4}), (0.13, {0, 2, 3}), (0.26, {0, 2}), (0.51, {2}), (1.0, {2})],
+)
+def test_min_p_drops_what_is_too_unlikely_beside_the_best(min_p: float, kept: set[int]) -> None:
+    assert seen(LOGITS, min_p=min_p).keys() == kept
+
+
+def test_min_p_of_one_keeps_all_that_tie_with_the_best() -> None:
+    assert seen([3.0, 1.0, 3.0, 2.0], min_p=1.0).keys() == {0, 2}
+
+
+def test_top_p_takes_its_share_of_what_top_k_left() -> None:
+    # Of all the mass 0.6 needs two tokens; of the 0.75 that two tokens hold, one does.
+    assert seen(LOGITS, top_p=0.6).keys() == {2, 0}
+    assert seen(LOGITS, top_p=0.6, top_k=2).keys() == {2}
+
+
+def test_top_p_takes_its_share_of_what_min_p_left() -> None:
+    assert seen(LOGITS, top_p=0.6, min_p=0.3).keys() == {2}
+
+
+def test_min_p_looks_at_probabilities_after_the_temperature() -> None:
+    # At temperature 0.5 odds are squared: token 0 falls from 1/2 to 1/4 of token 2.
+    assert seen(LOGITS, min_p=0.3).keys() == {0, 2}
+    assert seen(LOGITS, min_p=0.3, temperature=0.5).keys() == {2}
+
+
+def test_temperature_squares_or_roots_the_odds() -> None:
+    cold, hot = seen(LOGITS, 8000, temperature=0.5), seen(LOGITS, 8000, temperature=2.0)
+    assert cold[2] / cold[0] == pytest.approx(4, rel=0.1)
+    assert hot[2] / hot[0] == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_tiny_temperatures_are_raised() -> None:
+    close = [0.0, 0.005]
+    assert seen(close, temperature=1e-300) == seen(close, temperature=MIN_TEMPERATURE)
+    assert seen(close, temperature=1e-300).keys() == {0, 1}
+
+
+def test_an_endless_temperature_is_uniform_over_what_is_possible() -> None:
+    counts = seen([-math.inf, 50.0, -50.0], temperature=1e300)
+    assert counts.keys() == {1, 2}
+    assert 900 < counts[1] < 1100
+
+
+# ---- min_tokens
+
+
+def test_stop_tokens_cannot_be_chosen_before_min_tokens() -> None:
+    stops = {"min_tokens": 2, "stop_token_ids": (2, 0)}
+    for temperature in (0.0, 1.0):
+        early = [request(p, temperature=temperature, **stops) for p in (0, 1)]
+        assert not {0, 2} & set(sample([LOGITS] * 2, early))
+    assert sample([LOGITS], [request(2, temperature=0, **stops)]) == [2]
+
+
+def test_masked_stop_tokens_count_for_no_limit() -> None:
+    counts = seen(LOGITS, top_k=1, min_tokens=10_000, stop_token_ids=(2,))
+    assert counts.keys() == {0}
+    counts = seen(LOGITS, top_p=0.5, min_tokens=10_000, stop_token_ids=(2,))
+    assert counts.keys() == {0}
+
+
+def test_only_the_rows_of_short_requests_are_masked() -> None:
+    short = request(temperature=0, min_tokens=1, stop_token_ids=(2,))
+    other = request(temperature=0, stop_token_ids=(2,))
+    assert sample([LOGITS] * 3, [other, short, other]) == [2, 0, 2]
+
+
+def test_stop_tokens_beyond_the_vocabulary_are_no_error() -> None:
+    row = request(temperature=0, min_tokens=1, stop_token_ids=(5, 2, 2**31 - 1))
+    assert sample([LOGITS], [row]) == [0]
+
+
+# ---- a slow reference
+
+
+def reference(logits: Sequence[float], one: Request, slack: float) -> int:
+    """The definition in plain floating point. `slack` moves every border by a little."""
+    params = one.params
+    if params.top_k == 1:
+        return logits.index(max(logits))
+    weights = [math.exp((x - max(logits)) / params.temperature) for x in logits]
+    keep = [w >= min(params.min_p * (1 + slack), 1.0) for w in weights]
+    if params.top_k > 0:
+        border = sorted(weights, reverse=True)[: params.top_k][-1]
+        keep = [k and w >= border for k, w in zip(keep, weights, strict=True)]
+    if params.top_p < 1:
+        kept = sorted((w for k, w in zip(keep, weights, strict=True) if k), reverse=True)
+        mass = 0.0
+        for border in kept:
+            mass += border
+            if mass >= params.top_p * sum(kept) * (1 + slack):
+                break
+        keep = [k and w >= border for k, w in zip(keep, weights, strict=True)]
+    left = {token: w for token, (k, w) in enumerate(zip(keep, weights, strict=True)) if k}
+    target = uniform(params.seed, one.num_output_tokens) * sum(left.values())
+    for token, weight in left.items():
+        target -= weight * (1 + slack)
+        if target < 0:
+            return token
+    return max(left)
+
+
+# A grid, so that ties are frequent and near-ties do not exist.
+grid_logits = st.lists(st.integers(-12, 12).map(lambda i: i / 4), min_size=1, max_size=60)
+grid_requests = st.builds(
+    request,
+    position=st.integers(0, 1000),
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 1.5]),
+    top_k=st.integers(0, 70),
+    top_p=st.sampled_from([1.0]) | st.floats(0.01, 1.0),
+    min_p=st.sampled_from([0.0]) | st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**63 - 1),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(logits=grid_logits, one=grid_requests)
+def test_the_token_is_the_one_the_definition_gives(logits: list[float], one: Request) -> None:
+    expected = {reference(logits, one, slack) for slack in (-1e-5, 0.0, 1e-5)}
+    assert sample([logits], [one])[0] in expected
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}])
+def test_tokens_come_up_as_often_as_they_should(params: dict[str, float]) -> None:
+    count = 40_000
+    counts = seen(LOGITS, count, seed=11, **params)
+    temperature = params.get("temperature", 1.0)
+    weights = {token: math.exp(LOGITS[token] / temperature) for token in counts}
+    chi_square = 0.0
+    for token, times in counts.items():
+        expected = count * weights[token] / sum(weights.values())
+        chi_square += (times - expected) ** 2 / expected
+    assert chi_square < 18.5  # at most 4 degrees of freedom: one in a thousand is above
+
+
+def test_seeds_are_as_good_as_positions() -> None:
+    requests = [request(seed=seed) for seed in range(20_000)]
+    counts = Counter(sample([[0.0, 0.0, 0.0, 0.0]] * 20_000, requests))
+    assert sum((counts[token] - 5000) ** 2 / 5000 for token in range(4)) < 16.3
+
+
+# ---- same request, same answer
+
+
+def mixed_requests(count: int) -> list[Request]:
+    choose = random.Random(3)
+    return [
+        request(
+            choose.randrange(100),
+            temperature=choose.choice([0.0, 0.6, 1.0, 3.0]),
+            top_k=choose.choice([0, 0, 1, 20, 5000]),
+            top_p=choose.choice([1.0, 1.0, 0.3, 0.95]),
+            min_p=choose.choice([0.0, 0.0, 0.05]),
+            seed=choose.randrange(2**63),
+            min_tokens=choose.choice([0, 50]),
+            stop_token_ids=(7, 8, 9),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("vocab", "num_rows"), [(33, 64), (32_000, 40), (151_936, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_gives_the_same_token_alone_and_in_any_batch(
+    vocab: int, num_rows: int, dtype: torch.dtype
+) -> None:
+    logits = (torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(5)) * 3).to(
+        dtype
+    )
+    requests = mixed_requests(num_rows)
+    alone = [Sampler().sample(logits[i : i + 1].clone(), [requests[i]])[0] for i in range(num_rows)]
+    assert len(set(alone)) > 5
+    shuffle = random.Random(8)
+    for size in (2, 3, 7, num_rows // 2, num_rows):
+        rows = shuffle.sample(range(num_rows), size)
+        tokens = Sampler().sample(logits[rows], [requests[row] for row in rows])
+        assert tokens == [alone[row] for row in rows]
+
+
+def test_softmax_of_a_row_has_the_same_bits_in_every_batch() -> None:
+    # The sampler relies on this; the rest of its arithmetic is exact.
+    logits = torch.randn(64, 10_007, generator=torch.Generator().manual_seed(6)) * 5
+    alone = torch.cat([logits[i : i + 1].softmax(-1) for i in range(64)])
+    for size in range(1, 65):
+        assert torch.equal(logits[64 - size :].softmax(-1), alone[64 - size :])
+
+
+def test_the_number_of_threads_does_not_change_a_token() -> None:
+    logits = torch.randn(16, 50_000, generator=torch.Generator().manual_seed(7))
+    requests = mixed_requests(16)
+    threads = torch.get_num_threads()
+    outcomes = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outcomes.append(Sampler().sample(logits.clone(), requests))
+    torch.set_num_threads(threads)
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_the_size_of_blocks_and_heads_does_not_change_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.randn(40, 500, generator=torch.Generator().manual_seed(9))
+    requests = mixed_requests(40)
+    usual = Sampler().sample(logits.clone(), requests)
+    for head in (1, 3, 64):
+        monkeypatch.setattr(cutoff, "_HEAD", head)
+        monkeypatch.setattr(sampler, "_BLOCK_ELEMENTS", {"cpu": 500 * head})
+        assert Sampler().sample(logits.clone(), requests) == usual
+
+
+def test_limits_that_keep_the_same_tokens_choose_the_same_token() -> None:
+    by_rank = seen(LOGITS, top_k=3, seed=4)
+    assert by_rank.keys() == {2, 0, 3}
+    assert seen(LOGITS, top_p=0.8, seed=4) == by_rank
+    assert seen(LOGITS, min_p=0.2, seed=4) == by_rank
+    assert seen([*LOGITS[:1], -math.inf, *LOGITS[2:4], -math.inf], seed=4) == by_rank
+
+
+def test_seed_and_position_decide_the_token_for_ever() -> None:
+    # 1 / 64 of the unit interval each: a change of the noise or of the walk shows at once.
+    flat = [[0.0] * 64] * 8
+    tokens = sample(flat, [request(position, seed=42) for position in range(8)])
+    assert tokens == [int(uniform(42, position) * 64) for position in range(8)]
+    assert tokens == [49, 61, 47, 36, 49, 49, 62, 48]
+    assert sample(flat, [request(seed=seed) for seed in range(8)]) == [1, 60, 62, 2, 15, 26, 44, 29]
+
+
+# ---- rows that are no distribution
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.9}])
+def test_a_row_that_is_no_distribution_yields_token_0_and_spoils_no_other(
+    bad: float, params: dict[str, float]
+) -> None:
+    requests = [request(position, **params) for position in range(3)]
+    expected = sample([LOGITS] * 3, requests)
+    tokens = sample([LOGITS, [0.0, bad, 9.0, bad, 0.0], LOGITS], requests)
+    assert tokens == [expected[0], 0, expected[2]]
+
+
+def test_a_row_without_a_possible_token_yields_token_0() -> None:
+    rows = [[-math.inf] * 5, LOGITS]
+    assert sample(rows, [request(), request(temperature=0)])[0] == 0
+    assert sample(rows, [request(temperature=0)] * 2) == [0, 2]
+
+
+def test_impossible_tokens_are_never_chosen() -> None:
+    row = [-math.inf, 0.0, -math.inf, 0.0, -math.inf]
+    assert seen(row).keys() == {1, 3}
+    assert seen(row, top_k=4).keys() == {1, 3}
+
+
+def test_noise_at_the_ends_of_the_unit_interval_chooses_possible_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = [-math.inf, 1.0, 1.3, 0.2, -math.inf]
+    for noise, token in ((0.0, 1), (1 - 2**-53, 3)):
+        monkeypatch.setattr(sampler, "uniform", lambda seed, position, noise=noise: noise)
+        assert sample([row], [request()]) == [token]
+
+
+# ---- shapes and devices
+
+
+def test_an_empty_batch_yields_nothing() -> None:
+    assert Sampler().sample(torch.empty(0, 10), []) == []
+
+
+def test_a_vocabulary_of_one_token_has_no_choice() -> None:
+    requests = [request(), request(temperature=0), request(top_p=0.1), request(top_k=3)]
+    assert sample([[3.0]] * 4, requests) == [0, 0, 0, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_chooses_what_the_cpu_chooses() -> None:
+    requests = mixed_requests(200)
+    logits = torch.tensor([LOGITS] * 200)
+    tokens = Sampler().sample(logits.cuda(), requests)
+    assert tokens == Sampler().sample(logits, requests)
