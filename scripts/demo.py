@@ -46,7 +46,7 @@ class Answer:
         """One paragraph: prompt bold, answer plain."""
         text = Text(self.shown + " ", style="bold")
         if self.output is not None:
-            text.append(self.output.outputs[0].text.strip(), style="not bold")
+            text.append(" ".join(self.output.outputs[0].text.split()), style="not bold")
         return text
 
 
