@@ -5,6 +5,8 @@ The address is taken before anything slow is loaded, so that a second core on it
 """
 
 import fcntl
+import gc
+import glob
 import logging
 import os
 import secrets
@@ -29,7 +31,9 @@ from footplate.protocol.errors import AddressInUseError, FootplateError
 from footplate.protocol.links import ipc_path, make_owned_dir
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
+    ControlReply,
     EngineFailed,
+    GetStats,
     Goodbye,
     Hello,
     Progress,
@@ -71,9 +75,13 @@ def run_core(config: CoreConfig, death_line: int) -> None:
             outbox.broadcast(Encoder().encode(EngineFailed(root_cause(error))))
             raise
         finally:
+            # The inbox first: it looks at the monitors of the outbox's sockets.
+            inbox_ended = inbox.close()
             outbox.close()
-            if inbox.close():
-                context.term()  # delivers what the sockets still hold, within their linger time
+            if inbox_ended:
+                # Closes what nobody has taken over (the socket of a client that came just now),
+                # and delivers what the sockets still hold, within their linger time.
+                context.destroy()
     finally:
         files.remove()
 
@@ -98,6 +106,8 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
         process_id=os.getpid(),
         phases=phases.finish(),
     )
+    # What is loaded lives as long as the process: the collector need not look at it again.
+    gc.freeze()
     inbox.announce(welcome)
     logger.info("ready: %s on %s", core.model.model, config.address)
     return core
@@ -118,6 +128,10 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
                     outbox.leave(client)
                 case Hello() | Goodbye():
                     raise AssertionError("the inbox keeps these to itself")
+                case GetStats(call=call):
+                    # Only here the core's books and the inbox's come together.
+                    stats = core.stats(inbox.num_bad_messages)
+                    outbox.send(client, encoder.encode(ControlReply(call, True, stats=stats)))
                 case _:
                     if reply := core.handle(client, event):
                         outbox.send(client, encoder.encode(reply))
@@ -125,7 +139,7 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
         for client, outputs in core.take_outputs():
             if not outbox.send(client, encoder.encode(outputs)):
                 core.leave(client)
-                outbox.leave(client)
+                inbox.dismiss(client, "the client left too much of its output unread")
         if outbox.has_backlog:
             outbox.flush()
 
@@ -170,6 +184,7 @@ class _Files:
         self._socket = ipc_path(config.address)
         self._private_dir = config.private_dir
         self._lock: int | None = None
+        self._removal = threading.Lock()
 
     def claim_address(self) -> None:
         """Take the exclusive right to the ipc path. Binding alone would not do: it silently
@@ -186,20 +201,24 @@ class _Files:
             raise AddressInUseError(f"{self._socket} exists and is not a socket: remove it")
         # What a core and clients left behind that were killed together. A client may also be
         # early, and wait for this very core.
-        for path in self._socket.parent.glob(self._socket.name + ".*"):
-            if path.is_socket() and not _has_listener(path):
-                path.unlink(missing_ok=True)
+        self._remove_dead_sockets(self._socket)
 
     def remove(self) -> None:
-        """Remove socket, lock and private folder. Called once, from whichever thread is last."""
-        if self._socket is not None and self._lock is not None:
-            for path in self._socket.parent.glob(self._socket.name + ".*"):
-                if path.is_socket() and not _has_listener(path):
-                    path.unlink(missing_ok=True)
-            self._socket.unlink(missing_ok=True)
-            _lock_path(self._socket).unlink(missing_ok=True)
-        if self._private_dir is not None:
-            shutil.rmtree(self._private_dir, ignore_errors=True)
+        """Remove socket, lock and private folder. Two threads may want to; only the first does:
+        once the lock is gone, another core may be using the same names."""
+        with self._removal:
+            if self._socket is not None and self._lock is not None:
+                self._lock = None
+                self._remove_dead_sockets(self._socket)
+                self._socket.unlink(missing_ok=True)
+                _lock_path(self._socket).unlink(missing_ok=True)
+            if self._private_dir is not None:
+                shutil.rmtree(self._private_dir, ignore_errors=True)
+
+    def _remove_dead_sockets(self, address: Path) -> None:
+        for path in address.parent.glob(f"{glob.escape(address.name)}.*"):
+            if path.is_socket() and not _has_listener(path):
+                path.unlink(missing_ok=True)
 
 
 def _has_listener(path: Path) -> bool:

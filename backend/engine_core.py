@@ -84,7 +84,8 @@ class EngineCore:
     # ---- what clients say
 
     def join(self, client: ClientId) -> None:
-        """A client that may send requests from now on."""
+        """A client that may send requests from now on, until it leaves."""
+        assert client not in self._requests, "its requests would be out of reach"
         self._requests[client] = {}
 
     def leave(self, client: ClientId) -> None:
@@ -122,7 +123,7 @@ class EngineCore:
             key=self._num_keys,
             client=client,
             handle=message.handle,
-            token_ids=message.prompt_token_ids,
+            token_ids=list(message.prompt_token_ids),  # grows; a message does not
             num_prompt_tokens=len(message.prompt_token_ids),
             params=message.params,
             priority=message.priority,

@@ -50,7 +50,8 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A client has said Goodbye, or its process is gone."""
+    """A client has said Goodbye, its process is gone, or it was dismissed. The inbox has lost
+    interest in its PUSH: the monitor, too, belongs to whoever takes the event."""
 
 
 InboxEvent = tuple[ClientId, Joined | Left | ClientMessage]
@@ -71,6 +72,7 @@ class Inbox:
         self._monitors: dict[zmq.Socket[bytes], ClientId] = {}
         self._clients: set[ClientId] = set()
         self._hopefuls: dict[ClientId, Hello] = {}  # came while the core was starting
+        self._to_dismiss: queue.SimpleQueue[tuple[ClientId, str]] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closing = False
         self._state: Progress | Welcome | Refused = Progress("starting", 0.0)
@@ -94,6 +96,11 @@ class Inbox:
     def announce(self, state: Progress | Welcome | Refused) -> None:
         """What a Hello is answered with from now on; whoever waits for it is told at once."""
         self._state = state
+        os.write(self._wake_write, b"!")
+
+    def dismiss(self, client: ClientId, reason: str) -> None:
+        """Tell a client that it is served no longer; `Left` follows as if it had gone itself."""
+        self._to_dismiss.put((client, reason))
         os.write(self._wake_write, b"!")
 
     def take(self, timeout_s: float | None) -> list[InboxEvent]:
@@ -121,6 +128,9 @@ class Inbox:
         """End the thread and close its sockets; whether it did so in time."""
         self._closing = True
         os.write(self._wake_write, b"!")
+        with suppress(queue.Empty):
+            while True:
+                self._batches.get_nowait()  # the thread may be waiting for room
         self._thread.join(timeout=1.0)
         return not self._thread.is_alive()
 
@@ -131,9 +141,7 @@ class Inbox:
             while not self._closing:
                 for ready, _ in self._poller.poll():
                     self._serve(ready)
-            for monitor in self._monitors:
-                monitor.close(linger=0)
-            self._router.close()
+            self._router.close()  # the monitors are the main thread's to close
         except BaseException as error:
             self._failure = error
             self._batches.put([])  # wakes the main thread, which raises on its next turn
@@ -144,12 +152,13 @@ class Inbox:
         elif ready == self._wake_read:
             os.read(self._wake_read, 4096)
             self._tell_hopefuls()
+            self._dismiss_all()
         elif isinstance(ready, zmq.Socket):
             self._on_monitor(ready)
 
     def _receive(self) -> None:
         batch: list[InboxEvent] = []
-        while len(batch) < MAX_BATCH:
+        for _ in range(MAX_BATCH):
             try:
                 client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -194,18 +203,30 @@ class Inbox:
         if client in self._clients:  # it asked again before it saw the answer
             self._answer(client, self._state)
             return []
-        push: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
-        push.set(zmq.LINGER, 1000)  # long enough for last words
-        push.set(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
-        # Two events that say that a client's process is gone: its PULL closed, or it was never
-        # there (a client binds before it says Hello).
-        monitor = push.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
-        push.connect(hello.output_endpoint)
+        try:
+            push, monitor = self._connect_to(hello.output_endpoint)
+        except zmq.ZMQError as error:  # too many open files, or an address it cannot parse
+            self._answer(client, Refused("hello", f"cannot connect to the client: {error}"))
+            return []
         self._poller.register(monitor, zmq.POLLIN)
         self._monitors[monitor] = client
         self._clients.add(client)
         self._answer(client, self._state)
         return [(client, Joined(push))]
+
+    def _connect_to(self, endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        push: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        try:
+            push.set(zmq.LINGER, 1000)  # long enough for last words
+            push.set(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+            # Two events that say that a client's process is gone: its PULL closed, or it was
+            # never there (a client binds before it says Hello).
+            monitor = push.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+            push.connect(endpoint)
+        except zmq.ZMQError:
+            close_monitored(push, linger=0)
+            raise
+        return push, monitor
 
     def _forget(self, client: ClientId) -> list[InboxEvent]:
         if client not in self._clients:
@@ -214,7 +235,6 @@ class Inbox:
         monitor = next(m for m, owner in self._monitors.items() if owner == client)
         del self._monitors[monitor]
         self._poller.unregister(monitor)
-        monitor.close(linger=0)
         if ipc_path(self._address):
             # A client that was killed could not remove its socket file.
             endpoint = output_endpoint(self._address, client)
@@ -225,6 +245,13 @@ class Inbox:
         client = self._monitors.get(monitor)
         if client is not None and (events := self._forget(client)):
             self._batches.put(events)
+
+    def _dismiss_all(self) -> None:
+        while not self._to_dismiss.empty():
+            client, reason = self._to_dismiss.get()
+            self._answer(client, Refused("dismissed", reason))
+            if events := self._forget(client):
+                self._batches.put(events)
 
     def _tell_hopefuls(self) -> None:
         if isinstance(self._state, Welcome):
@@ -239,3 +266,16 @@ class Inbox:
     def _answer(self, client: ClientId, message: Progress | Welcome | Refused) -> None:
         with suppress(zmq.ZMQError):  # it is gone, or reads nothing
             self._router.send_multipart([client, self._encoder.encode(message)], zmq.NOBLOCK)
+
+
+def close_monitored(push: zmq.Socket[bytes], linger: int | None = None) -> None:
+    """Close a PUSH and the socket that monitors it; `linger` in ms, None for its own.
+
+    In this order: ZeroMQ's only I/O thread reports events with a blocking send. If it had one to
+    report while the monitor is closed and its PUSH is not, the core would be deaf and dumb for
+    good, to all clients.
+    """
+    monitor = push.get_monitor_socket()  # the one there is
+    push.disable_monitor()
+    monitor.close(linger=0)
+    push.close(linger)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from footplate.backend.engine_core import ClientId
+from footplate.backend.inbox import close_monitored
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,11 @@ class Outbox:
     def leave(self, client: ClientId) -> None:
         """Close the socket of a client that has gone. Unknown clients are no error."""
         if lane := self._lanes.pop(client, None):
-            lane.push.close(linger=0)
+            close_monitored(lane.push, linger=0)
 
     def send(self, client: ClientId, frame: bytes) -> bool:
-        """Send or keep one frame; False when the client's budget is spent."""
+        """Send or keep one frame; False when the client's budget is spent. Then it is time to
+        dismiss the client."""
         lane = self._lanes.get(client)
         if lane is None:
             return True  # it left; there is nobody to tell, and nothing went wrong
@@ -68,9 +70,10 @@ class Outbox:
             _push(lane, frame)
 
     def close(self) -> None:
-        """Close all sockets; what they hold is still delivered within their linger time."""
+        """Close all sockets; what they hold is still delivered within their linger time. Nobody
+        looks at the monitors any more."""
         for lane in self._lanes.values():
-            lane.push.close()
+            close_monitored(lane.push)
         self._lanes.clear()
 
 

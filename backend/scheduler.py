@@ -110,12 +110,12 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plan one step at time `now` (seconds, any origin).
 
-        Running requests come first, each with at least one token; what the budget leaves goes
-        to waiting ones, as long as slots and blocks last.
+        Running requests come first, by rank, each with at least one token; what the budget
+        leaves goes to waiting ones, as long as slots and blocks last.
         """
         plan = StepPlan()
         if self._by_priority:
-            self._make_room_for_urgent()
+            self._admit_urgent(now)
         budget = self._plan_running(plan, self._config.max_num_batched_tokens)
         self._admit_waiting(plan, budget, now)
         # Last, so that it covers who was preempted just now, even if readmitted at once.
@@ -170,22 +170,39 @@ class Scheduler:
         self._released.append(request.key)
 
     def _admit_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
-        while budget > 0 and len(self._running) < self._config.max_num_seqs:
-            request = self._peek_waiting()
-            if request is None:
-                return
-            cached = self._find_cached_prefix(request)
-            if not self._fits(request, cached):
-                return
-            heappop(self._waiting)
-            self._num_waiting -= 1
-            self._admit(request, cached, now)
+        while budget > 0 and (request := self._peek_waiting()) and self._try_admit(request, now):
             count = min(len(request.token_ids) - request.num_computed_tokens, budget)
             if request.num_computed_tokens + count == len(request.token_ids):
                 plan.sampling.append(len(plan.requests))
             plan.requests.append(request)
             plan.num_new_tokens.append(count)
             budget -= count
+
+    def _admit_urgent(self, now: float) -> None:
+        """Under the priority policy a waiting request displaces running ones of worse priority.
+
+        It is admitted before the budget is dealt out by rank, or the long prompt of a worse
+        request would keep it waiting to its end.
+        """
+        while (
+            (urgent := self._peek_waiting())
+            and self._running
+            and self._running[-1].priority > urgent.priority
+        ):
+            if not self._try_admit(urgent, now):
+                self._preempt(self._running.pop())
+
+    def _try_admit(self, request: Request, now: float) -> bool:
+        """Admit the first of the waiting, if there is a slot and there are blocks."""
+        if len(self._running) >= self._config.max_num_seqs:
+            return False
+        cached = self._find_cached_prefix(request)
+        if not self._fits(request, cached):
+            return False
+        heappop(self._waiting)
+        self._num_waiting -= 1
+        self._admit(request, cached, now)
+        return True
 
     def _admit(self, request: Request, cached: list[int], now: float) -> None:
         self._pool.share(cached)
@@ -203,18 +220,6 @@ class Scheduler:
                 self.prefix_cache_hits += request.num_computed_tokens
         request.advance(Event.ADMIT)
         insort(self._running, request, key=self._rank)
-
-    def _make_room_for_urgent(self) -> None:
-        """Under the priority policy a waiting request displaces running ones of worse priority."""
-        urgent = self._peek_waiting()
-        if urgent is None:
-            return
-        while self._running and self._running[-1].priority > urgent.priority:
-            if len(self._running) < self._config.max_num_seqs and self._fits(
-                urgent, self._find_cached_prefix(urgent)
-            ):
-                return
-            self._preempt(self._running.pop())
 
     def _fits(self, request: Request, cached: list[int]) -> bool:
         missing = self._num_blocks_for(len(request.token_ids)) - len(cached)
@@ -297,12 +302,17 @@ class Scheduler:
         """Assert every invariant that can be seen between two steps. For tests."""
         waiting = [r for _, r in self._waiting if r.state is not State.FINISHED]
         assert len(waiting) == self._num_waiting
+        for index, entry in enumerate(self._waiting[1:], 1):
+            assert self._waiting[(index - 1) // 2] < entry, "the waiting queue is no heap"
         assert {r.state for r in self._running} <= {State.RUNNING}
         assert {r.state for r in waiting} <= {State.WAITING, State.PREEMPTED}
         assert not {r.key for r in self._running} & {r.key for r in waiting}
         assert self._running == sorted(self._running, key=self._rank)
-        assert all(not r.block_ids and not r.num_computed_tokens for r in waiting)
+        for request in waiting:
+            assert not request.block_ids
+            assert not request.num_computed_tokens and not request.num_registered_blocks
         for request in self._running:
             assert request.num_computed_tokens < len(request.token_ids)
             assert request.num_computed_tokens <= len(request.block_ids) * self._block_size
+            assert request.num_registered_blocks <= request.num_computed_tokens // self._block_size
         self._pool.check_ledger(r.block_ids for r in self._running)

@@ -68,7 +68,7 @@ class AsyncLLMEngine:
 
     Owns the connection and, unless it was attached to a running engine, the core process. Use
     from one event loop at a time. Starts by itself at the first request; constructing needs no
-    running loop.
+    running loop. After `shutdown` requests are refused until it is started again by `start`.
 
         async with AsyncLLMEngine.from_engine_args(EngineArgs(model="demo")) as engine:
             async for output in engine.generate("The function returns"):
@@ -88,13 +88,16 @@ class AsyncLLMEngine:
         self._args = engine_args or EngineArgs()
         self._address = address
         self._tokenizer_source = tokenizer or self._args.tokenizer
-        self._start_timeout_s = start_timeout_s or self._args.start_timeout_s
+        self._start_timeout_s = (
+            self._args.start_timeout_s if start_timeout_s is None else start_timeout_s
+        )
         self._on_progress = on_progress
         self._state = EngineState.NEW
         self._dead_error: EngineError | None = None
         self._starting: asyncio.Task[None] | None = None
         self._process: CoreProcess | None = None
         self._connection: Connection | None = None
+        self._losing: asyncio.TimerHandle | None = None
         self._welcome: Welcome | None = None
         self._client = EngineClient()
         self._calls: dict[int, asyncio.Future[ControlReply]] = {}
@@ -146,13 +149,29 @@ class AsyncLLMEngine:
             return
         if self._dead_error is not None:
             raise self._dead_error
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start(), name="footplate start")
         # Several requests may wait for one start; cancelling one of them must not cancel it.
-        await asyncio.shield(self._starting)
+        await asyncio.shield(self._starting or self._begin_to_start())
+
+    async def _ensure_started(self) -> None:
+        if self._state is EngineState.STOPPED:
+            # A straggler must not bring back what its owner has shut down.
+            raise EngineClosedError("the engine was shut down")
+        await self.start()
+
+    def _begin_to_start(self) -> "asyncio.Task[None]":
+        # The state changes now, not when the task has its first turn: until then it may be shut
+        # down, and started again.
+        self._advance(EngineEvent.START)
+        self._starting = asyncio.create_task(self._start(), name="footplate start")
+        self._starting.add_done_callback(_retrieve_error)
+        return self._starting
+
+    def _require_wanted(self) -> None:
+        if self._starting is not asyncio.current_task():
+            raise EngineClosedError("the engine was shut down while it was starting") from None
 
     async def _start(self) -> None:
-        self._advance(EngineEvent.START)
+        self._require_wanted()
         try:
             address = self._address or self._start_process()
             # Callbacks must not keep a dropped engine alive: the event loop holds them.
@@ -163,16 +182,17 @@ class AsyncLLMEngine:
                 on_progress=_weakly(self._report_progress),
             )
             self._welcome = await self._connection.open(self._start_timeout_s)
+            self._require_wanted()
         except BaseException as error:
-            if self._state is EngineState.STARTING:
-                self._release()
-                self._advance(EngineEvent.DIE)
-                if isinstance(error, EngineError):
-                    self._dead_error = error
-                    raise
-                self._dead_error = EngineStartError(f"start-up was interrupted: {error!r}")
-                raise
-            raise EngineClosedError("the engine was shut down while it was starting") from None
+            self._require_wanted()
+            self._release()
+            self._advance(EngineEvent.DIE)
+            self._dead_error = (
+                error
+                if isinstance(error, EngineError)
+                else EngineStartError(f"start-up was interrupted: {error!r}")
+            )
+            raise
         self._advance(EngineEvent.READY)
         self._starting = None
         weakref.finalize(
@@ -199,12 +219,18 @@ class AsyncLLMEngine:
         self._release()
         self._starting = None
         self._dead_error = None
+        # The next start may find another model, on another event loop.
+        self._tokenizer = None
+        self._tokenizer_loading = None
 
     def _release(self) -> None:
         for call in self._calls.values():
             if not call.done():
                 call.cancel()
         self._calls.clear()
+        if self._losing is not None:
+            self._losing.cancel()  # it means this core, not one that is started later
+            self._losing = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -233,7 +259,7 @@ class AsyncLLMEngine:
             raise self.dead_error
         if self.is_running or self._starting is not None:
             raise RuntimeError("the engine is running already")
-        self._starting = asyncio.create_task(self._start(), name="footplate start")
+        self._begin_to_start()
 
     def shutdown_background_loop(self) -> None:
         """As `shutdown`. The name is vLLM's."""
@@ -332,7 +358,7 @@ class AsyncLLMEngine:
     ) -> RequestStream:
         """Start one request and return its stream, which the caller iterates or closes. For
         arguments and errors see `generate`."""
-        await self.start()
+        await self._ensure_started()
         request_id = request_id or uuid.uuid4().hex
         params = params or SamplingParams()
         self._client.require_unused(request_id)
@@ -378,9 +404,10 @@ class AsyncLLMEngine:
         # The engine may have ended while the prompt was encoded.
         await self.check_health()
         assert self._connection is not None
+        self._client.require_unused(stream.request_id)
+        self._connection.send(message)  # first: what is too large leaves no trace
         self._client.open(stream)
         try:
-            self._connection.send(message)
             await self._connection.has_room()
         except BaseException:
             stream.close()
@@ -427,7 +454,7 @@ class AsyncLLMEngine:
     async def get_tokenizer(self) -> Tokenizer:
         """The tokenizer of the engine's model. Raises TokenizerError if there is none."""
         if self._tokenizer is None:
-            await self.start()
+            await self._ensure_started()
             if self._tokenizer_loading is None:
                 source = self._tokenizer_source or self._ready().model.tokenizer
                 self._tokenizer_loading = asyncio.ensure_future(self._load_tokenizer(source))
@@ -440,12 +467,12 @@ class AsyncLLMEngine:
 
     async def get_model_config(self) -> ModelFacts:
         """What the core found out about its model."""
-        await self.start()
+        await self._ensure_started()
         return self._ready().model
 
     async def get_scheduler_config(self) -> Limits:
         """The core's limits."""
-        await self.start()
+        await self._ensure_started()
         return self._ready().limits
 
     async def get_stats(self) -> Stats:
@@ -459,7 +486,7 @@ class AsyncLLMEngine:
         return (await self._call(ResetPrefixCache)).ok
 
     async def _call(self, message: type[GetStats] | type[ResetPrefixCache]) -> ControlReply:
-        await self.start()
+        await self._ensure_started()
         assert self._connection is not None
         self._num_calls += 1
         reply: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
@@ -501,7 +528,8 @@ class AsyncLLMEngine:
     def _on_connection_lost(self, cause: str) -> None:
         # The end of a core of our own is explained better, and about as fast, by its process.
         patience_s = 0.0 if self._process is None else OWN_CORE_EXIT_S
-        asyncio.get_running_loop().call_later(patience_s, _weakly(self._die), cause)
+        loop, die = asyncio.get_running_loop(), _weakly(self._die)
+        self._losing = self._losing or loop.call_later(patience_s, die, cause)
 
     def _on_core_exit(self, error: EngineStartError) -> None:
         if self._state is EngineState.STARTING and self._connection is not None:
@@ -510,6 +538,8 @@ class AsyncLLMEngine:
             self._die(str(error))
 
     def _die(self, cause: str) -> None:
+        if self._state is EngineState.STARTING and self._connection is not None:
+            self._connection.refuse(EngineStartError(cause))
         if self._state is not EngineState.SERVING:
             return
         self._advance(EngineEvent.DIE)
@@ -517,6 +547,12 @@ class AsyncLLMEngine:
         logger.error("the engine core is gone: %s", cause)
         self._client.fail_all(self._dead_error)
         self._release()
+
+
+def _retrieve_error(task: "asyncio.Task[None]") -> None:
+    """Whoever waits for a start is told how it ended; that nobody waits is nothing to log."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _weakly(method: Callable[[T], None]) -> Callable[[T], None]:

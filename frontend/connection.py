@@ -55,7 +55,8 @@ class Connection:
     ) -> None:
         """Args:
         on_messages: called with all that one wake-up of the event loop brought, in order.
-        on_lost: called once with the reason, when the core is gone after it has welcomed us.
+        on_lost: called with the reason when the core has closed the link, or serves us no
+            longer. While `open` waits it goes on waiting, until it is told to `refuse`.
         """
         self.num_bad_messages = 0
         self._address = address
@@ -66,6 +67,8 @@ class Connection:
         self._encode = Encoder().encode
         self._decode = core_message_decoder().decode
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
+        self._refusal: EngineStartError | None = None
+        self._lost = False
         self._unsent: deque[bytes] = deque()
         self._room: asyncio.Future[None] | None = None
         client_id = new_client_id()
@@ -84,7 +87,10 @@ class Connection:
         if path:
             path.chmod(0o600)  # the folder keeps others out already; this says so again
         self._endpoint = cast(bytes, self._pull.get(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
-        self._finalizer = weakref.finalize(self, _close, self._context, path)
+        # The finalizer holds the sockets: those of a connection that was dropped may be gone from
+        # the context's own list, and ending a context waits for sockets that nobody can close.
+        sockets = (self._dealer, self._pull, self._monitor)
+        self._finalizer = weakref.finalize(self, _close, self._context, sockets, path)
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -114,16 +120,21 @@ class Connection:
         self.send(Hello(PROTOCOL_VERSION, self._endpoint))
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._welcome
+                welcome = await self._welcome
         except TimeoutError:
             raise EngineStartError(
                 f"no engine on {self._address} was ready within {timeout_s:g} s: is one running?"
             ) from None
+        if self._refusal is not None:
+            raise self._refusal
+        return welcome
 
     def refuse(self, error: EngineStartError) -> None:
-        """Give up waiting in `open`: the core is known to be gone."""
+        """Let `open` fail: the core is known to be gone."""
         if not self._welcome.done():
             self._welcome.set_exception(error)
+        else:
+            self._refusal = error  # it has been welcomed, and has not had its turn since
 
     def close(self) -> None:
         """Take leave and close the sockets. May be called more than once."""
@@ -132,11 +143,12 @@ class Connection:
         for socket in (self._dealer, self._pull, self._monitor):
             with suppress(RuntimeError):  # the loop is closed already
                 self._loop.remove_reader(cast(int, socket.get(zmq.FD)))
-        with suppress(zmq.ZMQError):
-            self._dealer.set(zmq.LINGER, 100)  # ms; Goodbye may still be on its way
-            self._dealer.send(self._encode(Goodbye()), zmq.NOBLOCK)
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
+        if not self._lost:
+            with suppress(zmq.ZMQError):
+                self._dealer.set(zmq.LINGER, 100)  # ms; Goodbye may still be on its way
+                self._dealer.send(self._encode(Goodbye()), zmq.NOBLOCK)
+        self._unsent.clear()
+        self._tell_room()
         self._welcome.cancel()
         self._finalizer()
 
@@ -172,7 +184,11 @@ class Connection:
             self._unsent.popleft()
         if self._unsent and not self._dealer.closed:
             self._loop.call_later(UNSENT_RETRY_S, self._send_unsent)
-        elif self._room is not None:
+        else:
+            self._tell_room()
+
+    def _tell_room(self) -> None:
+        if self._room is not None:
             self._room.set_result(None)
             self._room = None
 
@@ -190,6 +206,8 @@ class Connection:
                     self._on_progress(message)
                 case Welcome() if not self._welcome.done():
                     self._welcome.set_result(message)
+                case Refused(reason=reason) if self._welcome.done():
+                    self._on_lost(reason)
                 case Refused(kind=kind, reason=reason):
                     error = ProtocolMismatchError if kind == "protocol" else EngineStartError
                     self.refuse(error(reason))
@@ -205,6 +223,8 @@ class Connection:
                 frame = socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
+            except zmq.ZMQError:
+                return messages  # closed under our hands, by a finalizer at the program's end
             try:
                 messages.append(self._decode(frame))
             except BadFrameError:
@@ -215,15 +235,26 @@ class Connection:
 
     def _read_monitor(self) -> None:
         with suppress(zmq.Again):
-            self._monitor.recv_multipart(zmq.NOBLOCK)
-            # Its last words come by another socket and may be waiting there.
-            self._read_pull()
-            if self._welcome.done():
-                self._on_lost("the engine core closed the connection")
+            while not self._monitor.closed:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+                self._lost = True
+        if not self._lost:
+            return
+        # Its last words come by the other sockets and may be waiting there.
+        for socket, read in ((self._dealer, self._read_dealer), (self._pull, self._read_pull)):
+            while not socket.closed and cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                read()
+        self._on_lost("the engine core closed the connection")
 
 
-def _close(context: "zmq.Context[zmq.Socket[bytes]]", path: Path | None) -> None:
-    context.destroy()
+def _close(
+    context: "zmq.Context[zmq.Socket[bytes]]",
+    sockets: tuple[zmq.Socket[bytes], ...],
+    path: Path | None,
+) -> None:
+    for socket in sockets:
+        socket.close()
+    context.term()
     if path is not None:
         with suppress(OSError):
             path.unlink(missing_ok=True)

@@ -57,7 +57,8 @@ class EngineArgs:
     """First come, first served; or by the requests' priority, lower first."""
 
     threads: int | None = None
-    """CPU threads of the forward pass; the cores of the CPU set if not given."""
+    """CPU threads of the forward pass; if not given the cores of the CPU set, or one for a very
+    small model."""
 
     start_timeout_s: float = 600.0
     """One deadline for all of start-up."""
@@ -66,6 +67,9 @@ class EngineArgs:
     """Of the engine core's log on standard error."""
 
     def __post_init__(self) -> None:
+        _require_text("model", self.model)
+        if self.tokenizer is not None:
+            _require_text("tokenizer", self.tokenizer)
         for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
             _require_positive(name, getattr(self, name), optional=True)
         _require_positive("threads", self.threads, optional=True)
@@ -78,12 +82,16 @@ class EngineArgs:
                 f"at least max_num_seqs ({self.max_num_seqs}): every running request gets a "
                 "token in every step",
             )
-        if not 0 < self.gpu_memory_utilization <= 1:
+        if not _is_number(self.gpu_memory_utilization) or not 0 < self.gpu_memory_utilization <= 1:
             raise InvalidParameterError(
                 "gpu_memory_utilization", self.gpu_memory_utilization, "above 0 and at most 1"
             )
-        if not self.start_timeout_s > 0:
+        if not _is_number(self.start_timeout_s) or not self.start_timeout_s > 0:
             raise InvalidParameterError("start_timeout_s", self.start_timeout_s, "above 0")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise InvalidParameterError(
+                "enable_prefix_caching", self.enable_prefix_caching, "True or False"
+            )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InvalidParameterError(name, getattr(self, name), f"one of {allowed}")
@@ -128,5 +136,16 @@ _CHOICES = {
 def _require_positive(name: str, value: object, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    # The upper bound is the wire's.
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
         raise InvalidParameterError(name, value, "a positive integer")
+
+
+def _require_text(name: str, value: object) -> None:
+    # Not a Path: a name of a cached model is none, and it would not travel.
+    if not isinstance(value, str) or not value:
+        raise InvalidParameterError(name, value, "a folder or a name, as a string")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -152,6 +152,9 @@ def main() -> int:
     except InvalidParameterError as error:
         print(f"footplate-engine: {error}", file=sys.stderr)
         return EX_USAGE
+    except EngineStartError as error:  # a folder that is not ours; nothing was started
+        print(f"footplate-engine: {error}", file=sys.stderr)
+        return EX_CONFIG
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
+
+import msgspec
+from tqdm import tqdm
 
 from footplate.frontend.async_llm_engine import AsyncLLMEngine
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.outputs import RequestOutput
 from footplate.frontend.prompts import Prompt
 from footplate.frontend.text import Tokenizer
-from footplate.protocol.errors import InvalidRequestError
+from footplate.protocol.errors import EngineClosedError, InvalidRequestError
 from footplate.protocol.messages import Stats
 from footplate.protocol.params import RequestOutputKind, SamplingParams
 
@@ -37,14 +41,17 @@ class LLM:
         self._engine = AsyncLLMEngine(EngineArgs(model=model, **engine_args))
         self._loop = _new_event_loop()
         self._thread = threading.Thread(
-            target=self._loop.run_forever, name="footplate LLM", daemon=True
+            target=_run_loop, args=(self._loop,), name="footplate LLM", daemon=True
         )
         self._thread.start()
+        self._finalizer: weakref.finalize[..., LLM] | None = None
         try:
             self._run(self._engine.start())
         except BaseException:
-            self._stop_loop()
+            _shut_down(self._engine, self._loop, self._thread)
             raise
+        # At the program's end it runs before the finalizers of what it shuts down.
+        self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._loop, self._thread)
 
     def generate(
         self,
@@ -79,8 +86,6 @@ class LLM:
     async def _generate_all(
         self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
     ) -> list[RequestOutput]:
-        from tqdm import tqdm
-
         with tqdm(total=len(prompts), disable=not use_tqdm, unit="prompt", leave=True) as bar:
 
             async def complete(prompt: Prompt, params: SamplingParams) -> RequestOutput:
@@ -114,9 +119,8 @@ class LLM:
 
     def shutdown(self) -> None:
         """End the engine core and the thread. May be called more than once."""
-        if self._thread.is_alive():
-            self._run(_as_coroutine(self._engine))
-            self._stop_loop()
+        if self._finalizer is not None:
+            self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -129,12 +133,10 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def __del__(self) -> None:
-        # The constructor may have failed before there was anything to end.
-        if getattr(self, "_thread", None) is not None:
-            self.shutdown()
-
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._finalizer is not None and not self._finalizer.alive:
+            coroutine.close()
+            raise EngineClosedError("the engine was shut down")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -142,14 +144,28 @@ class LLM:
             future.cancel()  # Ctrl-C ends the requests as well
             raise
 
-    def _stop_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+
+def _shut_down(
+    engine: AsyncLLMEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread
+) -> None:
+    async def shut_down() -> None:
+        engine.shutdown()
+        # The calls of other threads hear of it before the loop ends.
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        if calls:
+            await asyncio.wait(calls)
+        loop.stop()
+
+    ending = asyncio.run_coroutine_threadsafe(shut_down(), loop)
+    # Whichever thread the garbage collector runs on may drop an LLM; this one cannot wait.
+    if threading.current_thread() is not thread:
+        thread.join()
+        ending.result()
 
 
-async def _as_coroutine(engine: AsyncLLMEngine) -> None:
-    engine.shutdown()
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -191,6 +207,4 @@ def _params_for(
 
 
 def _final_only(params: SamplingParams) -> SamplingParams:
-    import msgspec
-
     return msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)

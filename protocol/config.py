@@ -20,7 +20,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         dtype: "auto" takes the checkpoint's.
         device: "auto" takes CUDA when there is a GPU.
         max_model_len: longest prompt plus output, in tokens; None takes the model's own limit.
-        num_threads: CPU threads of the forward pass; None takes all cores of the CPU set.
+        num_threads: CPU threads of the forward pass; None takes all cores of the CPU set, and
+            one for a model so small that threads would only wait for each other.
     """
 
     model: str = "demo"

@@ -42,7 +42,10 @@ def next_token(
     span = vocab_size - first_id
     token = first_id + ((digest * 0x9E3779B1) >> 7) % span
     if position < params.min_tokens:
-        while token in params.stop_token_ids:
+        # Bounded, for a request that stops at every token there is.
+        for _ in range(span):
+            if token not in params.stop_token_ids:
+                break
             token = first_id + (token - first_id + 1) % span
     return token
 
@@ -55,6 +58,11 @@ class FakeModelRunner:
         num_blocks = cache.num_gpu_blocks_override or DEFAULT_NUM_BLOCKS
         if cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is not None:
             num_blocks = cache.kv_cache_memory_bytes // (cache.block_size * BYTES_PER_TOKEN)
+        if num_blocks < 1:
+            raise ValueError(
+                f"kv_cache_memory_bytes={cache.kv_cache_memory_bytes} holds no KV block: a block "
+                f"of {cache.block_size} tokens takes {cache.block_size * BYTES_PER_TOKEN} bytes"
+            )
         capacity = num_blocks * cache.block_size
         max_model_len = model.max_model_len or min(DEFAULT_MAX_MODEL_LEN, capacity)
         if max_model_len > capacity:

@@ -1,5 +1,6 @@
 """From a model's name to a model runner. Imports torch only for models that need it."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def load_runner(
     if model.model == "fake":
         return FakeModelRunner(model, cache, DEMO_MODEL)
     on_progress("importing torch", 0.0)
+    # A quarter of the time of these imports, 0.7 s, is the collector looking again and again at
+    # objects that live for ever.
+    gc.disable()
     try:
         from footplate.backend.runner.model_runner import load_model_runner
     except ModuleNotFoundError as error:
@@ -33,4 +37,6 @@ def load_runner(
             f"model {model.model!r} needs the package {error.name!r}: "
             "pip install 'footplate-llm[engine]'"
         ) from None
+    finally:
+        gc.enable()
     return load_model_runner(model, cache, scheduler, on_progress)

@@ -1,0 +1,106 @@
+// Footplate's kernels for one instruction set: everything that is called from Python.
+//
+// Compiled on first use for the CPU at hand (build.py), called through ctypes (ops.py). Tensors
+// arrive as addresses; ops.py has checked them. Every function may be called with no rows.
+//
+//   words.h, simd.h    numbers, and sixteen lanes of them on any CPU
+//   tile.h             the micro-kernel
+//   linear.h           linear layers, gated ones too
+//   norm.h             RMSNorm, rotary positions
+//   cache.h            pages of keys and values
+//   attention.h        attention over them
+#include "attention.h"
+#include "linear.h"
+#include "norm.h"
+
+namespace {
+
+// Call `body` with a null pointer of the C++ type that `type` stands for.
+template <class Body>
+void with_type(int32_t type, const Body& body) {
+  if (type == BF16)
+    body(static_cast<bf16*>(nullptr));
+  else
+    body(static_cast<float*>(nullptr));
+}
+
+template <class Pointer>
+using Number = std::remove_pointer_t<Pointer>;
+
+}  // namespace
+
+extern "C" {
+
+const char* footplate_instruction_set() { return simd::name; }
+
+void footplate_pack(int32_t type, const void* w, int64_t stride, int n, int k, void* packed,
+                    int first_group, int run, int group_stride) {
+  with_type(type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    pack(static_cast<const E*>(w), stride, n, k, static_cast<word*>(packed),
+         GroupOrder{first_group, run, group_stride});
+  });
+}
+
+void footplate_unpack_rows(const LinearLayer* layer, const int64_t* ids, void* y, int count) {
+  with_type(layer->type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    unpack_rows(*layer, ids, static_cast<E*>(y), count);
+  });
+}
+
+void footplate_linear(const LinearLayer* layer, const void* x, int64_t x_stride,
+                      const void* residual, void* y, int m) {
+  if (m == 0) return;
+  with_type(layer->type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    FloatProduct<E> product(static_cast<const E*>(x), x_stride, layer->k);
+    if (layer->activation == NOT_GATED)
+      linear(*layer, product, static_cast<const E*>(residual), static_cast<E*>(y), m);
+    else
+      gated(*layer, product, static_cast<E*>(y), m);
+  });
+}
+
+void footplate_rms_norm(int32_t type, const Norm* norm, const void* x, int64_t x_stride, void* y,
+                        int m, int size) {
+  with_type(type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    rms_norm(*norm, static_cast<const E*>(x), x_stride, static_cast<E*>(y), m, size);
+  });
+}
+
+void footplate_rope_and_cache(const LayerCache* cache, const StepTables* step, void* qkv,
+                              int64_t row_stride, int num_heads, const void* cos, const void* sin,
+                              int rotary_size, const Norm* query_norm, const Norm* key_norm) {
+  with_type(cache->type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    rope_and_cache(*cache, *step, static_cast<E*>(qkv), row_stride, num_heads,
+                   static_cast<const E*>(cos), static_cast<const E*>(sin), rotary_size,
+                   query_norm, key_norm);
+  });
+}
+
+void footplate_write_kv(const LayerCache* cache, const StepTables* step, const void* key,
+                        int64_t key_token_stride, int64_t key_head_stride, const void* value,
+                        int64_t value_token_stride, int64_t value_head_stride) {
+  with_type(cache->type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    write_kv(*cache, *step, static_cast<const E*>(key), key_token_stride, key_head_stride,
+             static_cast<const E*>(value), value_token_stride, value_head_stride);
+  });
+}
+
+void footplate_paged_attention(const LayerCache* cache, const StepTables* step, const void* query,
+                               int64_t token_stride, int64_t head_stride, void* out,
+                               int num_heads, float scale, int window, float softcap,
+                               const float* sinks) {
+  with_type(cache->type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    paged_attention(*cache, *step, AttentionOptions{scale, window, softcap, sinks},
+                    static_cast<const E*>(query), token_stride, head_stride,
+                    static_cast<E*>(out), num_heads);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,529 @@
+"""The kernels as functions of torch tensors.
+
+Shapes and types are checked when something is packed or allocated, once; a call costs a few
+microseconds and checks only what would read or write beyond a tensor. All results are the same,
+bit for bit, whatever else stands in the batch, however a prompt is cut into chunks, and on any
+number of threads.
+
+What a step needs again and again (a layer's weights, its cache, the tables of the step) lies in
+small C structures made beforehand, so that a call passes few arguments.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Literal
+
+import torch
+
+from footplate.backend.kernels.lazy_memory import lazily_zeroed
+
+PAGE_TOKENS = 16
+LANES = 16
+
+# See `Type` in words.h and `Activation` in linear.h.
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
+
+
+class _LinearLayer(ctypes.Structure):
+    _fields_ = (
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("type", c_int32),
+        ("activation", c_int32),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("epsilon", c_float),
+        ("weight_offset", c_float),
+        ("rounds_before_weight", c_int32),
+    )
+
+
+class _LayerCache(ctypes.Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("num_kv_heads", c_int32),
+        ("key_size", c_int32),
+        ("value_size", c_int32),
+        ("type", c_int32),
+    )
+
+
+class _StepTables(ctypes.Structure):
+    _fields_ = (
+        ("slots", c_void_p),
+        ("query_starts", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("num_tokens", c_int32),
+        ("num_requests", c_int32),
+        ("table_stride", c_int32),
+        ("pages_per_block", c_int32),
+    )
+
+
+class Kernels:
+    """The functions of one loaded library; see `build.load`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, size = c_void_p, c_int64
+        library.footplate_instruction_set.restype = ctypes.c_char_p
+        self.instruction_set: str = library.footplate_instruction_set().decode()
+
+        def function(name: str, *arguments: type) -> "ctypes._NamedFuncPointer":
+            found = library[f"footplate_{name}"]
+            found.argtypes = arguments
+            found.restype = None
+            return found
+
+        self._pack = function(
+            "pack", c_int32, pointer, size, c_int, c_int, pointer, c_int, c_int, c_int
+        )
+        self._unpack_rows = function("unpack_rows", pointer, pointer, pointer, c_int)
+        self._linear = function("linear", pointer, pointer, size, pointer, pointer, c_int)
+        self._rms_norm = function(
+            "rms_norm", c_int32, pointer, pointer, size, pointer, c_int, c_int
+        )
+        self._rope_and_cache = function(
+            "rope_and_cache",
+            *(pointer, pointer, pointer, size, c_int, pointer, pointer, c_int, pointer, pointer),
+        )
+        self._write_kv = function(
+            "write_kv", pointer, pointer, pointer, size, size, pointer, size, size
+        )
+        self._paged_attention = function(
+            "paged_attention",
+            *(pointer, pointer, pointer, size, size, pointer, c_int),
+            *(c_float, c_int, c_float, pointer),
+        )
+
+    def rms_norm(self, x: torch.Tensor, norm: "NormWeight") -> torch.Tensor:
+        """Root mean square norm (Zhang and Sennrich 2019) over the last dimension.
+
+        Args:
+            x: [..., size], in the type of the weight.
+        """
+        size = norm.size
+        assert x.shape[-1] == size and x.dtype is norm.dtype
+        y = torch.empty(x.shape, dtype=x.dtype)
+        x, stride = _rows(x)
+        num_rows = y.numel() // size
+        self._rms_norm(norm.type, norm.address, x.data_ptr(), stride, y.data_ptr(), num_rows, size)
+        return y
+
+    def rope_and_cache(
+        self,
+        cache: "LayerPages",
+        step: "StepTables",
+        qkv: torch.Tensor,
+        num_heads: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_norm: "NormWeight | None" = None,
+        key_norm: "NormWeight | None" = None,
+    ) -> None:
+        """All that stands between a fused projection and attention: norms of single heads,
+        rotary positions (Su et al. 2021), writing keys and values to the cache.
+
+        Args:
+            qkv: [num_tokens, num_heads * key_size + num_kv_heads * (key_size + value_size)],
+                changed in place: its queries are ready for `paged_attention` afterwards.
+            cos, sin: [num_tokens, rotary_size], contiguous, in the type of `qkv`; the first
+                `rotary_size` numbers of each head are rotated, by halves.
+        """
+        num_tokens, rotary_size = step.num_tokens, cos.shape[-1]
+        assert qkv.numel() == num_tokens * cache.row_size(num_heads) and qkv.is_contiguous()
+        assert cos.numel() == sin.numel() == num_tokens * rotary_size
+        assert qkv.dtype is cos.dtype is sin.dtype is cache.dtype
+        self._rope_and_cache(
+            cache.address,
+            step.address,
+            qkv.data_ptr(),
+            cache.row_size(num_heads),
+            num_heads,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            rotary_size,
+            None if query_norm is None else query_norm.address,
+            None if key_norm is None else key_norm.address,
+        )
+
+    def write_kv(
+        self, cache: "LayerPages", step: "StepTables", key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Write keys and values to their slots. Numbers that are not finite are replaced.
+
+        Args:
+            key: [num_tokens, num_kv_heads, key_size]; heads may be strided, as in `value`.
+            value: [num_tokens, num_kv_heads, value_size].
+        """
+        assert key.shape == (step.num_tokens, cache.num_kv_heads, cache.key_size)
+        assert value.shape == (step.num_tokens, cache.num_kv_heads, cache.value_size)
+        assert key.dtype is value.dtype is cache.dtype
+        key, value = _dense(key), _dense(value)
+        self._write_kv(
+            cache.address,
+            step.address,
+            key.data_ptr(),
+            key.stride(0),
+            key.stride(1),
+            value.data_ptr(),
+            value.stride(0),
+            value.stride(1),
+        )
+
+    def paged_attention(
+        self,
+        cache: "LayerPages",
+        step: "StepTables",
+        query: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention over what is in the cache, this step's tokens included.
+
+        Args:
+            query: [num_tokens, num_heads, key_size]; heads may be strided.
+            window, softcap: see `AttentionOptions` of the runner.
+            sinks: [num_heads], float32, contiguous.
+
+        Returns:
+            [num_tokens, num_heads, value_size].
+        """
+        num_tokens, num_heads, key_size = query.shape
+        assert num_tokens == step.num_tokens and key_size == cache.key_size
+        assert num_heads % cache.num_kv_heads == 0 and query.dtype is cache.dtype
+        if sinks is not None:
+            assert sinks.dtype is torch.float32 and sinks.numel() == num_heads
+        query = _dense(query)
+        out = torch.empty((num_tokens, num_heads, cache.value_size), dtype=query.dtype)
+        self._paged_attention(
+            cache.address,
+            step.address,
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            out.data_ptr(),
+            num_heads,
+            scale,
+            window or 0,
+            softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
+        )
+        return out
+
+
+class PackedLinear:
+    """A linear layer, y = x w^T + bias, packed for the micro-kernel.
+
+    Keeps nothing of the tensors it is made from, except the bias.
+
+    Args:
+        weights: [n, k] each, float32 or bfloat16; their outputs stand behind one another, as in a
+            fused projection to queries, keys and values.
+        biases: [n] each, all or none.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        weights: torch.Tensor | Sequence[torch.Tensor],
+        biases: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        parts = [weights] if isinstance(weights, torch.Tensor) else list(weights)
+        if any(len(part) % LANES for part in parts[:-1]):
+            parts = [torch.cat(parts)]  # a group of lanes cannot belong to two matrices
+        self.n = sum(len(part) for part in parts)
+        self.k = parts[0].shape[1]
+        self.dtype = parts[0].dtype
+        self._kernels = kernels
+        self._call = kernels._linear
+        self._weights = _empty_groups(-(-self.n // LANES), self.k, self.dtype)
+        first_group = 0
+        for part in parts:
+            assert part.shape[1] == self.k and part.dtype is self.dtype
+            _pack(kernels, part, self._weights, first_group, 1, 1)
+            first_group += len(part) // LANES
+        self._bias = _joined_biases(biases, self.n, self.dtype)
+        self._layer = _layer(self._weights, self._bias, self.n, self.k, self.dtype, None)
+        self._address = ctypes.addressof(self._layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights."""
+        return self._weights.nbytes
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., k] to [..., n].
+
+        Args:
+            residual: [..., n], contiguous, added to the rounded result.
+        """
+        assert x.shape[-1] == self.k and x.dtype is self.dtype
+        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        x, stride = _rows(x)
+        if residual is not None:
+            assert residual.numel() == y.numel() and residual.is_contiguous()
+            assert residual.dtype is x.dtype
+        self._call(
+            self._address,
+            x.data_ptr(),
+            stride,
+            None if residual is None else residual.data_ptr(),
+            y.data_ptr(),
+            y.numel() // self.n,
+        )
+        return y
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight, [*ids.shape, k]: an embedding that shares the weights of a last
+        layer needs no copy of its own.
+
+        Args:
+            ids: int64, each at least 0 and less than n.
+        """
+        ids = ids.contiguous()
+        y = torch.empty((*ids.shape, self.k), dtype=self.dtype)
+        if ids.numel():
+            assert int(ids.min()) >= 0 and int(ids.max()) < self.n
+            self._kernels._unpack_rows(self._address, ids.data_ptr(), y.data_ptr(), ids.numel())
+        return y
+
+
+class PackedGatedMLP:
+    """A gated feed-forward layer, y = down(activation(gate(x)) * up(x)) (Shazeer 2020), in two
+    calls.
+
+    Args:
+        gate, up: [n, k], with biases [n] or none.
+        down: packed already.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: PackedLinear,
+        activation: Activation = "silu",
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+    ) -> None:
+        assert gate.shape == up.shape and gate.dtype is up.dtype is down.dtype
+        assert (gate_bias is None) == (up_bias is None)
+        self.n, self.k = gate.shape
+        self.dtype = gate.dtype
+        self.down = down
+        self._call = kernels._linear
+        # Panels of two groups of each matrix; zeros where a matrix has no group left.
+        panels = -(-self.n // (2 * LANES))
+        self._weights = _empty_groups(4 * panels, self.k, self.dtype).zero_()
+        _pack(kernels, gate, self._weights, 0, 2, 4)
+        _pack(kernels, up, self._weights, 2, 2, 4)
+        biases = None if gate_bias is None or up_bias is None else (gate_bias, up_bias)
+        self._bias = _joined_biases(biases, 2 * self.n, self.dtype)
+        self._layer = _layer(self._weights, self._bias, self.n, self.k, self.dtype, activation)
+        self._address = ctypes.addressof(self._layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights."""
+        return self._weights.nbytes + self.down.nbytes
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., k] to [..., outputs of `down`]; `residual` is added as by `PackedLinear`."""
+        return self.down(self.hidden(x), residual)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """activation(gate(x)) * up(x): [..., k] to [..., n]."""
+        assert x.shape[-1] == self.k and x.dtype is self.dtype
+        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        x, stride = _rows(x)
+        num_rows = y.numel() // self.n
+        self._call(self._address, x.data_ptr(), stride, None, y.data_ptr(), num_rows)
+        return y
+
+
+class NormWeight:
+    """The weight of an RMSNorm, and how its family rounds: Llama as by default; Gemma with
+    `offset` 1 and one rounding at the end; OLMo 2 with one rounding at the end."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        epsilon: float,
+        offset: float = 0.0,
+        rounds_before_weight: bool = True,
+    ) -> None:
+        self.weight = weight.detach().contiguous()
+        self.size = self.weight.numel()
+        self.dtype = weight.dtype
+        self.type = TYPES[weight.dtype]
+        self._norm = _Norm(self.weight.data_ptr(), epsilon, offset, rounds_before_weight)
+        self.address = ctypes.addressof(self._norm)
+
+
+class LayerPages:
+    """The cache of one layer. Owns its memory, whose layout is told in cache.h.
+
+    Args:
+        block_size: tokens in a block as the block pool counts them, a multiple of 16.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        key_size: int,
+        value_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        assert block_size % PAGE_TOKENS == 0
+        self.num_kv_heads, self.key_size, self.value_size = num_kv_heads, key_size, value_size
+        self.dtype = dtype
+        pages = num_blocks * (block_size // PAGE_TOKENS)
+        values_per_word, key_words, value_columns = _page_layout(key_size, value_size, dtype)
+        self.keys = lazily_zeroed(
+            (pages, num_kv_heads, key_words, PAGE_TOKENS, values_per_word), dtype
+        )
+        self.values = lazily_zeroed(
+            (pages, num_kv_heads, PAGE_TOKENS // values_per_word, value_columns, values_per_word),
+            dtype,
+        )
+        self._cache = _LayerCache(
+            self.keys.data_ptr(),
+            self.values.data_ptr(),
+            num_kv_heads,
+            key_size,
+            value_size,
+            TYPES[dtype],
+        )
+        self.address = ctypes.addressof(self._cache)
+
+    @staticmethod
+    def bytes_per_token(
+        num_kv_heads: int, key_size: int, value_size: int, dtype: torch.dtype
+    ) -> int:
+        """Padding included."""
+        values_per_word, key_words, value_columns = _page_layout(key_size, value_size, dtype)
+        return num_kv_heads * (key_words * values_per_word + value_columns) * dtype.itemsize
+
+    def row_size(self, num_heads: int) -> int:
+        """Numbers per token of a fused projection to queries, keys and values."""
+        return (num_heads + self.num_kv_heads) * self.key_size + self.num_kv_heads * self.value_size
+
+
+class StepTables:
+    """Where the tokens of one step belong; made once per step, for all layers.
+
+    Args:
+        slots: [num_tokens], int64, block id times block size plus offset.
+        query_starts: [num_requests + 1], int32, first row of each request.
+        context_lens: [num_requests], int32, tokens in the cache after this step.
+        block_tables: [num_requests, any], int32, block ids, padded with anything.
+        block_size: as in `LayerPages`.
+    """
+
+    def __init__(
+        self,
+        slots: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        block_size: int,
+    ) -> None:
+        tensors = (slots, query_starts, context_lens, block_tables)
+        assert [t.dtype for t in tensors] == [torch.int64, *3 * [torch.int32]]
+        assert all(t.is_contiguous() for t in tensors)
+        assert len(query_starts) - 1 == len(context_lens) == len(block_tables)
+        self.num_tokens = len(slots)
+        self._tensors = tensors  # kept alive: the structure has their addresses
+        self._tables = _StepTables(
+            *(t.data_ptr() for t in tensors),
+            self.num_tokens,
+            len(context_lens),
+            block_tables.shape[1],
+            block_size // PAGE_TOKENS,
+        )
+        self.address = ctypes.addressof(self._tables)
+
+
+def _page_layout(key_size: int, value_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    values_per_word = 4 // dtype.itemsize
+    return values_per_word, -(-key_size // values_per_word), -(-value_size // LANES) * LANES
+
+
+def _empty_groups(num_groups: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    values_per_word = 4 // dtype.itemsize
+    return torch.empty((num_groups, -(-k // values_per_word), LANES, values_per_word), dtype=dtype)
+
+
+def _pack(
+    kernels: Kernels, weight: torch.Tensor, to: torch.Tensor, first: int, run: int, stride: int
+) -> None:
+    weight = _dense(weight.detach())
+    n, k = weight.shape
+    assert weight.dtype in TYPES, f"kernels know no {weight.dtype}"
+    kernels._pack(
+        *(TYPES[weight.dtype], weight.data_ptr(), weight.stride(0), n, k),
+        *(to.data_ptr(), first, run, stride),
+    )
+
+
+def _joined_biases(
+    biases: torch.Tensor | Sequence[torch.Tensor] | None, n: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    if biases is None:
+        return None
+    parts = [biases] if isinstance(biases, torch.Tensor) else list(biases)
+    bias = torch.cat([part.detach() for part in parts])
+    assert bias.shape == (n,) and bias.dtype is dtype
+    return bias
+
+
+def _layer(
+    weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    activation: Activation | None,
+) -> _LinearLayer:
+    return _LinearLayer(
+        weights.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        n,
+        k,
+        TYPES[dtype],
+        ACTIVATIONS[activation],
+    )
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy of it, with nothing between the numbers of its last dimension."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`x`, or a copy of it, as rows at equal distances of whole words, and that distance in
+    numbers. Rows that do not fill their last word are filled up with zero."""
+    values_per_word = 4 // x.itemsize
+    if rest := x.shape[-1] % values_per_word:
+        x = torch.nn.functional.pad(x, (0, values_per_word - rest))
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) % values_per_word == 0:
+        return x, x.stride(0)
+    return x.contiguous(), x.shape[-1]

@@ -1,0 +1,25 @@
+"""The runner for models with paged attention: all requests of a step in one forward."""
+
+from footplate.backend.runner.batch import RaggedBatch
+from footplate.backend.runner.paged_model import PagedModel
+from footplate.backend.runner.sampler import Sampler
+from footplate.backend.step import RunnerFacts, StepPlan
+
+
+class PagedRunner:
+    """A `ModelRunner` without memory of its own: what it knows of a request is in the plan, and
+    in the pages that the plan names. So `released` means nothing to it, and a step can be run
+    twice."""
+
+    def __init__(self, model: PagedModel, facts: RunnerFacts, block_size: int) -> None:
+        self.facts = facts
+        self._model = model
+        self._block_size = block_size
+        self._sampler = Sampler()
+
+    def execute(self, plan: StepPlan) -> list[int]:
+        """See `ModelRunner`."""
+        if not plan.requests:
+            return []
+        logits = self._model.forward(RaggedBatch.of_plan(plan, self._block_size))
+        return self._sampler.sample(logits, [plan.requests[i] for i in plan.sampling])

@@ -1,0 +1,309 @@
+"""Puts our kernels under a transformers model, module by module, each one verified.
+
+What a module looks like suggests a replacement; what decides is that the replacement computes
+what the original computed, on the inputs that a recorded forward of the whole model gave it. So an
+unknown subclass with an extra multiplier is left as it was, and nothing else is needed to be safe
+with architectures that nobody here has heard of.
+
+Weights are packed one layer after another, and the originals are dropped as they are packed: a
+start needs little more memory than the packed weights.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from footplate.backend.kernels import Kernels, NormWeight, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.ops import Activation
+from footplate.backend.runner.attention_backend import (
+    AttentionBackend,
+    AttentionOptions,
+    LayerShape,
+)
+from footplate.backend.runner.fused_layer import PROJECTIONS, FusedLayer, looks_fusible
+from footplate.backend.runner.paged_model import PagedModel
+from footplate.backend.runner.probe import short_batch
+from footplate.backend.runner.recording import Recording, record_calls, relative_error
+
+logger = logging.getLogger(__name__)
+
+# Relative root mean square error. Another order of summation gives 1e-6 in float32; bfloat16
+# rounds each result to 2e-3, and a layer has several roundings behind one another.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+# How families round an RMSNorm: (offset of the weight, rounding before the weight).
+NORM_FAMILIES = ((0.0, True), (1.0, False), (0.0, False))
+
+
+# What one rounding does to a sum, relative to it.
+ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}
+
+# How families round an RMSNorm: (offset of the weight, rounding before the weight). See NormWeight.
+NORM_FAMILIES = ((0.0, True), (1.0, False), (0.0, False))
+
+ACTIVATIONS: dict[str, Activation] = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+
+Replacement = Callable[..., torch.Tensor]
+
+
+def rewrite_model(
+    model: Any,
+    kernels: Kernels,
+    backend: AttentionBackend[Any, Any],
+    shapes: Mapping[int, LayerShape],
+    block_size: int,
+) -> None:
+    """Put `kernels` under a model that runs on `backend`.
+
+    Args:
+        shapes: what each layer caches, by layer index.
+    """
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    batch, num_blocks = short_batch(vocab_size, block_size)
+    paged = PagedModel(model, backend, num_blocks, shapes)
+    with record_calls(model) as recording:
+        paged.forward(batch)
+
+    def in_step(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with paged.step(batch):
+            return call()
+
+    rewriter = Rewriter(kernels, model, recording, paged.options, in_step)
+    rewriter.run()
+    logger.info("on %s kernels: %s", kernels.instruction_set, dict(rewriter.num_replaced))
+    if rewriter.left_alone:
+        logger.info("left as they were, for they compute otherwise: %s", rewriter.left_alone)
+
+
+class Rewriter:
+    """Replaces modules of one model.
+
+    Args:
+        recording: one forward of the whole model, through the paged path.
+        options: how each layer attends.
+        in_step: calls a function as a part of the recorded step, so that attention finds its
+            cache.
+
+    Attributes:
+        num_replaced: modules, by kind.
+        left_alone: names of modules that look like one of ours and compute something else.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        model: Any,
+        recording: Recording,
+        options: Mapping[int, AttentionOptions],
+        in_step: Callable[[Callable[[], torch.Tensor]], torch.Tensor],
+    ) -> None:
+        self.num_replaced: Counter[str] = Counter()
+        self.left_alone: list[str] = []
+        self._kernels = kernels
+        self._model = model
+        self._recording = recording
+        self._options = options
+        self._in_step = in_step
+        self._tolerance = TOLERANCE[model.dtype]
+        self._done: set[nn.Module] = set()
+        self._tied: PackedLinear | None = None
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Replace all that can be replaced, the largest structures first."""
+        for looks_right, replace in (
+            (looks_fusible, self._replace_layer),
+            (_looks_gated, self._replace_mlp),
+            (_looks_like_norm, self._replace_norm),
+            (_is_linear, self._replace_linear),
+        ):
+            for name, module in self._model.named_modules():
+                if module in self._done or not looks_right(module):
+                    continue
+                if module not in self._recording:
+                    continue  # not part of a forward, or not called as a module
+                if replace(module):
+                    self.num_replaced[type(module).__name__] += 1
+                else:
+                    self.left_alone.append(name)
+        self._share_embedding()
+
+    def _install(self, module: nn.Module, replacement: Replacement) -> None:
+        """Make `module` call `replacement`, and drop the weights that were packed for it."""
+        module.forward = replacement
+        for part in module.modules():
+            self._done.add(part)
+            if isinstance(part, nn.Linear) and part.weight is not self._tied_weight():
+                part.weight = nn.Parameter(part.weight.new_empty(0), requires_grad=False)
+
+    def _matches(self, module: nn.Module, replacement: Replacement) -> bool:
+        call = self._recording[module]
+        got = self._in_step(lambda: replacement(*call.args, **call.kwargs))
+        return relative_error(got, call.output) <= self._tolerance
+
+    # ---- leaves
+
+    def _replace_linear(self, module: nn.Module) -> bool:
+        assert isinstance(module, nn.Linear)
+        packed = PackedLinear(self._kernels, module.weight, module.bias)
+        if not self._matches(module, packed):
+            return False
+        if module.weight is self._tied_weight():
+            self._tied = packed
+        self._install(module, packed)
+        return True
+
+    def _replace_norm(self, module: nn.Module) -> bool:
+        norm = self._norm_of(module)
+        if norm is None:
+            return False
+        self._install(module, lambda x: self._kernels.rms_norm(x, norm))
+        return True
+
+    def _norm_of(self, module: nn.Module) -> NormWeight | None:
+        """The norm that computes what `module` computed, whichever family it is of."""
+        weight = getattr(module, "weight", None)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if weight is None or epsilon is None or weight.dtype is not self._model.dtype:
+            return None
+        best, least = None, self._tolerance
+        for offset, rounds_first in NORM_FAMILIES:
+            norm = NormWeight(weight, float(epsilon), offset, rounds_first)
+            call = self._recording[module]
+            error = relative_error(self._kernels.rms_norm(call.args[0], norm), call.output)
+            if error <= least:
+                best, least = norm, error
+        return best
+
+    def _replace_mlp(self, module: nn.Module) -> bool:
+        mlp = self._mlp_of(module)
+        if mlp is None or not self._matches(module, mlp):
+            return False
+        self._install(module, mlp)
+        return True
+
+    def _mlp_of(self, module: Any) -> PackedGatedMLP | None:
+        activation = ACTIVATIONS.get(type(module.act_fn).__name__)
+        if activation is None:
+            return None
+        gate, up, down = module.gate_proj, module.up_proj, module.down_proj
+        return PackedGatedMLP(
+            self._kernels,
+            gate.weight,
+            up.weight,
+            PackedLinear(self._kernels, down.weight, down.bias),
+            activation,
+            gate.bias,
+            up.bias,
+        )
+
+    # ---- whole layers
+
+    def _replace_layer(self, layer: Any) -> bool:
+        attention, recorded = layer.self_attn, self._recording
+        parts = (layer.input_layernorm, attention, layer.post_attention_layernorm, layer.mlp)
+        if any(part not in recorded for part in parts) or not _looks_gated(layer.mlp):
+            return False
+        head_norms = [
+            self._norm_of(norm) if (norm := getattr(attention, name, None)) is not None else None
+            for name in ("q_norm", "k_norm")
+        ]
+        missing_norm = any(
+            getattr(attention, name, None) is not None and norm is None
+            for name, norm in zip(("q_norm", "k_norm"), head_norms, strict=True)
+        )
+        input_norm = self._norm_of(layer.input_layernorm)
+        mlp_norm = self._norm_of(layer.post_attention_layernorm)
+        mlp = self._mlp_of(layer.mlp)
+        options = self._options.get(attention.layer_idx)
+        if missing_norm or None in (input_norm, mlp_norm, mlp, options):
+            return False
+        assert input_norm and mlp_norm and mlp and options
+        projections = [getattr(attention, name) for name in PROJECTIONS]
+        fused = FusedLayer(
+            self._kernels,
+            attention.layer_idx,
+            options,
+            input_norm=input_norm,
+            qkv=PackedLinear(
+                self._kernels,
+                [p.weight for p in projections[:3]],
+                None if projections[0].bias is None else [p.bias for p in projections[:3]],
+            ),
+            query_norm=head_norms[0],
+            key_norm=head_norms[1],
+            output=PackedLinear(self._kernels, projections[3].weight, projections[3].bias),
+            mlp_norm=mlp_norm,
+            mlp=mlp,
+        )
+        if not self._layer_matches(layer, fused):
+            return False
+        self._install(layer, fused)
+        return True
+
+    def _layer_matches(self, layer: Any, fused: FusedLayer) -> bool:
+        """Attention and MLP are compared by themselves: in the sum with the residual stream,
+        which can be a hundred times larger, a wrong one might pass for rounding."""
+        whole, attention = self._recording[layer], self._recording[layer.self_attn]
+        hidden = whole.args[0] if whole.args else whole.kwargs["hidden_states"]
+        positions = whole.kwargs.get("position_embeddings")
+        if positions is None or not isinstance(whole.output, torch.Tensor):
+            return False
+        normed = self._recording[layer.input_layernorm].output
+        attended = self._in_step(lambda: fused.attend(normed, positions))
+        expected = attention.output[0]
+        if relative_error(attended, expected) > self._tolerance:
+            return False
+        if not self._matches(layer.mlp, fused.mlp):
+            return False
+        got = self._in_step(lambda: fused(*whole.args, **whole.kwargs))
+        allowed = self._tolerance * _rms(whole.output - hidden)
+        allowed += 2 * ROUNDING[hidden.dtype] * _rms(hidden)
+        return got.shape == whole.output.shape and _rms(got - whole.output) <= allowed
+
+    # ---- the weight that a last layer shares with the embedding
+
+    def _tied_weight(self) -> nn.Parameter | None:
+        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        if head is None or embedding is None or head.weight is not embedding.weight:
+            return None
+        weight: nn.Parameter = embedding.weight
+        return weight
+
+    def _share_embedding(self) -> None:
+        """Look embeddings up in the packed last layer, instead of keeping the weight twice."""
+        embedding = self._model.get_input_embeddings()
+        if self._tied is None or type(embedding) is not nn.Embedding:
+            return
+        call = self._recording[embedding]
+        if torch.equal(self._tied.rows(call.args[0]), call.output):
+            self._install(embedding, self._tied.rows)
+            empty = nn.Parameter(embedding.weight.new_empty(0), requires_grad=False)
+            embedding.weight = self._model.get_output_embeddings().weight = empty
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def _looks_gated(module: nn.Module) -> bool:
+    names = ("gate_proj", "up_proj", "down_proj")
+    linears = [getattr(module, name, None) for name in names]
+    return hasattr(module, "act_fn") and all(type(linear) is nn.Linear for linear in linears)
+
+
+def _rms(x: torch.Tensor) -> float:
+    return float(x.float().square().mean().sqrt())

@@ -1,0 +1,35 @@
+"""Kernels of every instruction set that this CPU can run, each compiled with its own flags."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from footplate.backend.kernels import Kernels, load
+from footplate.backend.kernels.build import InstructionSet, usable_instruction_sets
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(pytestconfig: pytest.Config) -> Path:
+    """Kept from one run of the tests to the next: compiling takes longer than testing."""
+    cache = pytestconfig.cache
+    assert cache is not None
+    folder = cache.mkdir("kernels")
+    folder.chmod(0o700)
+    return folder
+
+
+@pytest.fixture(scope="session", params=usable_instruction_sets(), ids=lambda isa: isa.name)
+def kernels(request: pytest.FixtureRequest, kernel_folder: Path) -> Kernels:
+    """The kernels of one instruction set."""
+    instruction_set: InstructionSet = request.param
+    library = load(kernel_folder, instruction_set=instruction_set)
+    assert library is not None, "this machine has no compiler that works"
+    loaded = Kernels(library)
+    assert loaded.instruction_set == instruction_set.name
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,44 @@
+from footplate.backend.request import Request
+from footplate.backend.runner.batch import Chunk, RaggedBatch
+from footplate.backend.step import StepPlan
+from footplate.protocol.params import TokenParams
+
+GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 8, 0, ())
+
+
+def test_chunks_are_flattened_in_order() -> None:
+    chunks = [Chunk([7, 8, 9], 0, [5]), Chunk([1], 4, [2, 6]), Chunk([3, 4, 5], 3, [9, 1])]
+    batch = RaggedBatch.of_chunks(chunks, [2, 6], block_size=4)
+    assert batch.query_starts == [0, 3, 4, 7]
+    assert batch.token_ids.tolist() == [7, 8, 9, 1, 3, 4, 5]
+    assert batch.positions.tolist() == [0, 1, 2, 4, 3, 4, 5]
+    # Block times block size plus offset; the last chunk crosses from block 9 into block 1.
+    assert batch.slots.tolist() == [20, 21, 22, 24, 39, 4, 5]
+    assert batch.logit_rows.tolist() == [2, 6]
+
+
+def test_a_plan_becomes_the_new_tokens_of_its_requests() -> None:
+    def request(key: int, tokens: list[int], computed: int, blocks: list[int]) -> Request:
+        return Request(
+            key, b"", key, tokens, 1, GREEDY, num_computed_tokens=computed, block_ids=blocks
+        )
+
+    plan = StepPlan(
+        requests=[
+            request(1, [10, 11, 12], 2, [3]),
+            request(2, list(range(20, 29)), 4, [0, 1, 2]),
+            request(3, [30, 31], 0, [7]),
+        ],
+        num_new_tokens=[1, 3, 2],
+        sampling=[0, 2],
+    )
+    batch = RaggedBatch.of_plan(plan, block_size=4)
+    assert batch.token_ids.tolist() == [12, 24, 25, 26, 30, 31]
+    assert batch.positions.tolist() == [2, 4, 5, 6, 0, 1]
+    assert batch.slots.tolist() == [14, 4, 5, 6, 28, 29]
+    assert batch.logit_rows.tolist() == [0, 5], "the second request's prompt is not complete"
+
+
+def test_a_step_may_sample_nobody() -> None:
+    batch = RaggedBatch.of_chunks([Chunk([1, 2], 0, [0])], [], block_size=4)
+    assert batch.logit_rows.shape == (0,)

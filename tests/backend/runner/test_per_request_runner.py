@@ -1,0 +1,139 @@
+"""The per-request path keeps a cache exactly as long as it is valid."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from footplate.backend.request import Request
+from footplate.backend.runner.per_request_runner import (
+    CachedModel,
+    CacheError,
+    PerRequestRunner,
+    probe_chunks,
+)
+from footplate.backend.step import RunnerFacts, StepPlan
+from footplate.protocol.messages import ModelFacts
+from footplate.protocol.params import TokenParams
+
+GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 8, 0, ())
+FACTS = RunnerFacts(ModelFacts("", "", "", 50, 64, (), "", "", ""), 16, False)
+
+
+class SummingModel(CachedModel):
+    """Its next token is the sum of all tokens so far, modulo 50; its cache is that sum."""
+
+    def __init__(self) -> None:
+        self.num_forwards: list[int] = []
+        self.fails = False
+
+    def forward(self, token_ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
+        self.num_forwards.append(len(token_ids))
+        if self.fails:
+            raise RuntimeError("no luck")
+        total = (cache or 0) + sum(token_ids)
+        logits = torch.zeros(50)
+        logits[total % 50] = 1
+        return logits, total
+
+
+def request(tokens: list[int], key: int = 1) -> Request:
+    return Request(key, b"", key, tokens, len(tokens), GREEDY)
+
+
+def step(runner: PerRequestRunner, *pieces: tuple[Request, int], released: Any = ()) -> list[int]:
+    """Compute `count` tokens of each request, as a scheduler would."""
+    plan = StepPlan(released=list(released))
+    for index, (one, count) in enumerate(pieces):
+        plan.requests.append(one)
+        plan.num_new_tokens.append(count)
+        if one.num_computed_tokens + count == len(one.token_ids):
+            plan.sampling.append(index)
+    sampled = runner.execute(plan)
+    for one, count in pieces:
+        one.num_computed_tokens += count
+    for index, token in zip(plan.sampling, sampled, strict=True):
+        plan.requests[index].token_ids.append(token)
+    return sampled
+
+
+def test_a_cache_is_continued() -> None:
+    model = SummingModel()
+    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=True)
+    one, two = request([1, 2, 3, 4, 5]), request([7, 8], key=2)
+    assert step(runner, (one, 3)) == []
+    assert step(runner, (two, 2), (one, 2)) == [15, 15]
+    assert step(runner, (one, 1), (two, 1)) == [30, 30]
+    assert model.num_forwards == [3, 2, 2, 1, 1]
+
+
+def test_chunks_are_collected_where_they_must_be() -> None:
+    model = SummingModel()
+    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=False)
+    one = request([1, 2, 3, 4, 5])
+    assert step(runner, (one, 3)) == []
+    assert step(runner, (one, 2)) == [15]
+    assert step(runner, (one, 1)) == [30]
+    assert model.num_forwards == [5, 1]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_preempted_request_starts_afresh(is_told: bool) -> None:
+    model = SummingModel()
+    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=True)
+    one = request([1, 2, 3])
+    assert step(runner, (one, 3)) == [6]
+    one.num_computed_tokens = 0
+    assert step(runner, (one, 4), released=[1] if is_told else []) == [12]
+    assert model.num_forwards == [3, 4]
+
+
+def test_a_released_request_keeps_nothing() -> None:
+    runner = PerRequestRunner(SummingModel(), FACTS, prefill_in_chunks=True)
+    step(runner, (request([1, 2, 3]), 3))
+    assert runner._states
+    assert step(runner, released=[1, 99]) == []
+    assert not runner._states
+
+
+def test_a_repeated_step_gives_the_same_tokens() -> None:
+    model = SummingModel()
+    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=True)
+    one = request([1, 2, 3])
+    plan = StepPlan([one], [3], [0])
+    assert runner.execute(plan) == runner.execute(plan) == [6]
+
+
+def test_a_failed_forward_leaves_no_half_written_cache() -> None:
+    model = SummingModel()
+    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=True)
+    one = request([1, 2, 3])
+    step(runner, (one, 2))
+    model.fails = True
+    with pytest.raises(RuntimeError):
+        runner.execute(StepPlan([one], [1], [0]))
+    model.fails = False
+    assert step(runner, (one, 1)) == [6]
+    assert model.num_forwards == [2, 1, 3]
+
+
+class Encoder(torch.nn.Module):
+    """A model that generates nothing."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    with pytest.raises(CacheError, match="Encoder takes no cache"):
+        CachedModel(Encoder())
+
+
+def test_a_cache_that_changes_the_logits_is_refused(tmp_path: Any) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    options: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 50}
+    config = BertConfig(num_attention_heads=2, intermediate_size=16, is_decoder=False, **options)
+    model: Any = BertLMHeadModel(config)
+    with pytest.raises(CacheError):
+        probe_chunks(model.eval(), CachedModel(model), tolerance=1e-3)
