@@ -53,7 +53,10 @@ def main() -> int:
 def read_config(pipe: int) -> CoreConfig:
     """Read one length-prefixed `CoreConfig`; leave the pipe open."""
     (size,) = struct.unpack("<I", _read_exactly(pipe, 4))
-    return msgspec.msgpack.decode(_read_exactly(pipe, size), type=CoreConfig)
+    try:
+        return msgspec.msgpack.decode(_read_exactly(pipe, size), type=CoreConfig)
+    except msgspec.MsgspecError as error:
+        sys.exit(f"footplate.backend: the configuration on stdin makes no sense: {error}")
 
 
 def _read_exactly(pipe: int, size: int) -> bytes:

@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import zmq
@@ -59,12 +59,14 @@ def run_core(config: CoreConfig, death_line: int) -> None:
     files = _Files(config)
     _watch_death_line(death_line, files)
     try:
-        files.claim_address()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
-            inbox = Inbox(context, config.address)
-        except zmq.ZMQError as error:
-            raise AddressInUseError(f"cannot listen on {config.address}: {error}") from None
+        with files.claim_address():
+            try:
+                inbox = Inbox(context, config.address)
+            except zmq.ZMQError as error:
+                raise AddressInUseError(
+                    f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
+                ) from None
         outbox = Outbox()
         try:
             core = _start(config, inbox)
@@ -184,47 +186,80 @@ class _Files:
         self._socket = ipc_path(config.address)
         self._private_dir = config.private_dir
         self._lock: int | None = None
-        self._removal = threading.Lock()
+        self._is_removed = False
+        # The death line may end while the main thread makes files, and both may remove them.
+        self._mutex = threading.Lock()
 
-    def claim_address(self) -> None:
-        """Take the exclusive right to the ipc path. Binding alone would not do: it silently
-        steals the path from a live core.
+    @contextmanager
+    def claim_address(self) -> Iterator[None]:
+        """Take the exclusive right to the ipc path; bind it in the body. Binding alone would not
+        do: it silently steals the path from a live core.
 
         Raises:
             AddressInUseError: a live process has it, or something that is no socket is there.
         """
-        if self._socket is None:
-            return  # binding a TCP port is exclusive by itself
-        make_owned_dir(self._socket.parent)
-        self._lock = _lock_exclusively(_lock_path(self._socket))
-        if self._socket.is_symlink() or (self._socket.exists() and not self._socket.is_socket()):
-            raise AddressInUseError(f"{self._socket} exists and is not a socket: remove it")
+        with self._mutex:
+            if self._is_removed:
+                sys.exit(0)
+            if self._socket is not None:  # binding a TCP port is exclusive by itself
+                self._claim(self._socket)
+            yield
+
+    def _claim(self, path: Path) -> None:
+        make_owned_dir(path.parent)
+        self._lock = _lock_exclusively(_lock_path(path))
+        if _is_in_the_way(path):
+            raise AddressInUseError(f"{path} exists and is not a socket: remove it")
         # What a core and clients left behind that were killed together. A client may also be
         # early, and wait for this very core.
-        self._remove_dead_sockets(self._socket)
+        _remove_dead_sockets_beside(path)
 
     def remove(self) -> None:
-        """Remove socket, lock and private folder. Two threads may want to; only the first does:
-        once the lock is gone, another core may be using the same names."""
-        with self._removal:
+        """Remove socket, lock and private folder, once: when the lock is gone, another core may
+        be using the same names."""
+        with self._mutex:
+            if self._is_removed:
+                return
+            self._is_removed = True
             if self._socket is not None and self._lock is not None:
-                self._lock = None
-                self._remove_dead_sockets(self._socket)
-                self._socket.unlink(missing_ok=True)
+                _remove_dead_sockets_beside(self._socket)
+                if not _is_in_the_way(self._socket):
+                    self._socket.unlink(missing_ok=True)
                 _lock_path(self._socket).unlink(missing_ok=True)
             if self._private_dir is not None:
                 shutil.rmtree(self._private_dir, ignore_errors=True)
 
-    def _remove_dead_sockets(self, address: Path) -> None:
-        for path in address.parent.glob(f"{glob.escape(address.name)}.*"):
-            if path.is_socket() and not _has_listener(path):
-                path.unlink(missing_ok=True)
+
+def _is_in_the_way(path: Path) -> bool:
+    """Whether something is there that no core has made."""
+    return path.is_symlink() or (path.exists() and not path.is_socket())
+
+
+def _remove_dead_sockets_beside(address: Path) -> None:
+    for path in address.parent.glob(f"{glob.escape(address.name)}.*"):
+        if path.is_socket() and not _has_listener(path):
+            path.unlink(missing_ok=True)
 
 
 def _has_listener(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(0.1)
         return probe.connect_ex(str(path)) == 0
+
+
+def _name_listener(address: str) -> str:
+    """Who listens on a TCP address, in words; empty where Linux does not tell this user."""
+    port = int(address.rpartition(":")[2]) if address.startswith("tcp://") else -1
+    inodes = set()
+    with suppress(OSError), open("/proc/net/tcp") as table:
+        for fields in map(str.split, table):
+            if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):  # 0A: it listens
+                inodes.add(f"socket:[{fields[9]}]")
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if inodes and os.readlink(descriptor) in inodes:
+                return f" (process {descriptor.parts[2]} does)"
+    return ""
 
 
 def _lock_path(socket_path: Path) -> Path:

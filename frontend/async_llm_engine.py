@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import random
 import time
 import uuid
@@ -97,7 +98,9 @@ class AsyncLLMEngine:
         self._starting: asyncio.Task[None] | None = None
         self._process: CoreProcess | None = None
         self._connection: Connection | None = None
+        self._owner: int | None = None
         self._losing: asyncio.TimerHandle | None = None
+        self._finalizer: weakref.finalize[..., AsyncLLMEngine] | None = None
         self._welcome: Welcome | None = None
         self._client = EngineClient()
         self._calls: dict[int, asyncio.Future[ControlReply]] = {}
@@ -156,12 +159,18 @@ class AsyncLLMEngine:
         if self._state is EngineState.STOPPED:
             # A straggler must not bring back what its owner has shut down.
             raise EngineClosedError("the engine was shut down")
+        if self._owner not in (None, os.getpid()):
+            raise EngineClosedError(
+                f"the engine belongs to process {self._owner}, this is a fork of it: sockets do "
+                "not survive a fork; build another engine here"
+            )
         await self.start()
 
     def _begin_to_start(self) -> "asyncio.Task[None]":
         # The state changes now, not when the task has its first turn: until then it may be shut
         # down, and started again.
         self._advance(EngineEvent.START)
+        self._owner = os.getpid()
         self._starting = asyncio.create_task(self._start(), name="footplate start")
         self._starting.add_done_callback(_retrieve_error)
         return self._starting
@@ -195,7 +204,7 @@ class AsyncLLMEngine:
             raise
         self._advance(EngineEvent.READY)
         self._starting = None
-        weakref.finalize(
+        self._finalizer = weakref.finalize(
             self, _release_later, asyncio.get_running_loop(), self._connection, self._process
         )
 
@@ -228,6 +237,8 @@ class AsyncLLMEngine:
             if not call.done():
                 call.cancel()
         self._calls.clear()
+        if self._finalizer is not None:
+            self._finalizer.detach()
         if self._losing is not None:
             self._losing.cancel()  # it means this core, not one that is started later
             self._losing = None
@@ -507,8 +518,13 @@ class AsyncLLMEngine:
         for message in messages:
             match message:
                 case StepOutputs():
-                    if message.epoch == self._welcome.epoch:
+                    if message.epoch != self._welcome.epoch:
+                        continue
+                    try:
                         over += self._client.handle(message, now)
+                    except ValueError as error:
+                        self._die(f"the engine core sent outputs that make no sense: {error}")
+                        return
                 case ControlReply(call=call):
                     reply = self._calls.pop(call, None)
                     if reply is not None and not reply.done():

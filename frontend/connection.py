@@ -5,6 +5,7 @@ arrived, where zmq.asyncio would cost a future per message.
 """
 
 import asyncio
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -90,7 +91,7 @@ class Connection:
         # The finalizer holds the sockets: those of a connection that was dropped may be gone from
         # the context's own list, and ending a context waits for sockets that nobody can close.
         sockets = (self._dealer, self._pull, self._monitor)
-        self._finalizer = weakref.finalize(self, _close, self._context, sockets, path)
+        self._finalizer = weakref.finalize(self, _close, self._context, sockets, path, os.getpid())
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -251,7 +252,10 @@ def _close(
     context: "zmq.Context[zmq.Socket[bytes]]",
     sockets: tuple[zmq.Socket[bytes], ...],
     path: Path | None,
+    owner: int,
 ) -> None:
+    if os.getpid() != owner:
+        return  # in a fork of its owner: the sockets are not this process's
     for socket in sockets:
         socket.close()
     context.term()

@@ -4,6 +4,7 @@ The child is started by command, never by fork: nothing of this process is copie
 guard is needed, and it works in notebooks and under any event loop.
 """
 
+import os
 import shutil
 import signal
 import struct
@@ -58,7 +59,9 @@ class CoreProcess:
             name="core watcher",
             daemon=True,
         ).start()
-        self._finalizer = weakref.finalize(self, _stop, self._child, self._stopping, config)
+        self._finalizer = weakref.finalize(
+            self, _stop, self._child, self._stopping, config, os.getpid()
+        )
 
     @property
     def process_id(self) -> int:
@@ -75,7 +78,11 @@ class CoreProcess:
         self._finalizer()
 
 
-def _stop(child: "subprocess.Popen[bytes]", stopping: threading.Event, config: CoreConfig) -> None:
+def _stop(
+    child: "subprocess.Popen[bytes]", stopping: threading.Event, config: CoreConfig, owner: int
+) -> None:
+    if os.getpid() != owner:
+        return  # in a fork of its owner, at whose end finalizers run as well
     stopping.set()
     assert child.stdin is not None
     with suppress(BrokenPipeError):

@@ -48,6 +48,9 @@ class EngineClient:
 
         Returns:
             Handles that the core need not go on with: their stream has ended here.
+
+        Raises:
+            ValueError: the columns do not fit together.
         """
         by_handle = self._by_handle
         over: list[int] = []
@@ -61,8 +64,12 @@ class EngineClient:
                 if stream is not None:
                     if position != stream.num_tokens:
                         self._on_wrong_position(stream, position, over)
-                    elif stream.push((token_id,), now):
-                        self._close(stream, over)
+                        continue
+                    try:
+                        if stream.push((token_id,), now):
+                            self._close(stream, over)
+                    except Exception as error:
+                        self._on_no_text(stream, error, over)
         else:
             self._handle_runs(outputs, now, over)
         for finished in outputs.finished:
@@ -82,8 +89,18 @@ class EngineClient:
             num_known = stream.num_tokens - position
             if num_known < 0:
                 self._on_wrong_position(stream, position, over)
-            elif num_known < count and stream.push(run[num_known:], now):
-                self._close(stream, over)
+            elif num_known < count:
+                try:
+                    if stream.push(run[num_known:], now):
+                        self._close(stream, over)
+                except Exception as error:
+                    self._on_no_text(stream, error, over)
+
+    def _on_no_text(self, stream: RequestStream, error: Exception, over: list[int]) -> None:
+        # Whatever a tokenizer raises for one request must not cost the others their tokens.
+        logger.error("request %s: its text cannot be made", stream.request_id, exc_info=error)
+        stream.fail(RequestFailedError(f"request {stream.request_id!r}: no text for it: {error!r}"))
+        self._close(stream, over)
 
     def _on_wrong_position(self, stream: RequestStream, position: int, over: list[int]) -> None:
         if position < stream.num_tokens:

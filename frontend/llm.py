@@ -134,9 +134,9 @@ class LLM:
         self.shutdown()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        if self._finalizer is not None and not self._finalizer.alive:
+        if not self._thread.is_alive() or (self._finalizer and not self._finalizer.alive):
             coroutine.close()
-            raise EngineClosedError("the engine was shut down")
+            raise EngineClosedError("the engine was shut down, or belongs to another process")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -148,6 +148,9 @@ class LLM:
 def _shut_down(
     engine: AsyncLLMEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread
 ) -> None:
+    if not thread.is_alive():
+        return  # in a fork, which has no threads
+
     async def shut_down() -> None:
         engine.shutdown()
         # The calls of other threads hear of it before the loop ends.

@@ -134,9 +134,8 @@ class RequestStream:
         if finished.reason is FinishReason.ERROR:
             self.fail(RequestFailedError(f"request {self.request_id!r}: {finished.message}"))
             return
-        if finished.reason is FinishReason.STOP and self._token_ids[-1] in set(
-            self.params.stop_token_ids
-        ):
+        own_stops = self.params.stop_token_ids or ()
+        if finished.reason is FinishReason.STOP and self._token_ids[-1] in own_stops:
             self._stop_reason = self._token_ids[-1]
         self._end(finished.reason)
 

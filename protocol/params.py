@@ -5,6 +5,7 @@ Text is the client's business (stop strings, detokenizing, output kinds), tokens
 """
 
 import math
+import sys
 from enum import Enum
 from typing import Annotated
 
@@ -17,6 +18,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_SEED = 2**63 - 1
+MAX_FLOAT = sys.float_info.max
 
 
 class RequestOutputKind(Enum):
@@ -64,8 +66,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: str | list[str] | tuple[str, ...] = ()
-    stop_token_ids: list[int] | tuple[int, ...] = ()
+    stop: str | list[str] | tuple[str, ...] | None = None
+    stop_token_ids: list[int] | tuple[int, ...] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -92,6 +94,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
             raise InvalidParameterError("output_kind", self.output_kind, "a RequestOutputKind")
 
     def _check_stops(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, name), str | list | tuple | None):
+                raise InvalidParameterError(name, getattr(self, name), "a list, or None")
         stops = self.stop_strings
         if len(stops) > MAX_STOP_STRINGS:
             raise InvalidParameterError("stop", self.stop, f"at most {MAX_STOP_STRINGS} strings")
@@ -102,17 +107,18 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
                 )
         if stops and not self.detokenize:
             raise InvalidParameterError("stop", self.stop, "empty when detokenize is False")
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        token_ids = self.stop_token_ids or ()
+        if len(token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidParameterError(
-                "stop_token_ids", self.stop_token_ids, f"at most {MAX_STOP_TOKEN_IDS} ids"
+                "stop_token_ids", token_ids, f"at most {MAX_STOP_TOKEN_IDS} ids"
             )
-        for token_id in self.stop_token_ids:
+        for token_id in token_ids:
             _require_int("stop_token_ids", token_id, 0, 2**31 - 1)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, also when one string was given."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class TokenParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -141,7 +147,7 @@ class TokenParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
         cls, params: SamplingParams, *, seed: int, max_tokens: int, eos_token_ids: tuple[int, ...]
     ) -> "TokenParams":
         """Fill in what the user left open."""
-        own = tuple(params.stop_token_ids)
+        own = tuple(params.stop_token_ids or ())
         return cls(
             temperature=params.temperature,
             top_p=params.top_p,
@@ -164,8 +170,8 @@ def _require_number(
     name: str, value: object, low: float, high: float, *, above: bool = False
 ) -> None:
     bad = isinstance(value, bool) or not isinstance(value, int | float)
-    # NaN fails both comparisons, infinity the last check.
-    if bad or not (low <= value <= high) or (above and value == low) or math.isinf(value):  # type: ignore[operator,arg-type]
+    # NaN fails every comparison. Infinity, and integers beyond all floats, fail the last one.
+    if bad or not (low <= value <= high) or (above and value == low) or not abs(value) <= MAX_FLOAT:  # type: ignore[operator,arg-type]
         bounds = f"above {low:g}" if above else f"at least {low:g}"
         bounds += "" if math.isinf(high) else f" and at most {high:g}"
         raise InvalidParameterError(name, value, f"a finite number {bounds}")

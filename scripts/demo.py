@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
 from footplate.frontend import (
     AsyncLLMEngine,
     EngineArgs,
     RequestOutput,
-    RequestOutputKind,
     SamplingParams,
 )
 from footplate.frontend.prompts import Prompt
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
 # Some of those in docs/faq.md, which the demo model knows by heart.
 QUESTIONS = (

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from footplate.backend.runner.per_request_runner import (
 )
 from footplate.backend.runner.probe import NotPagedError, probe_paged, tolerance_of
 from footplate.backend.runner.rewrite import rewrite_model
+from footplate.backend.runner.thread_governor import ThreadGovernor
 from footplate.backend.runner.torch_attention import TorchAttention
 from footplate.backend.runner.warm_up import warm_up
 from footplate.backend.step import ModelRunner, RunnerFacts
@@ -177,7 +179,14 @@ def _paged_runner(
     size = loaded.size_cache(bytes_per_block, _budget_bytes(loaded, backend, shapes))
     paged = PagedModel(network, backend, size.num_blocks, shapes)
     facts = loaded.facts(size, f"paged {backend.name}", supports_prefix_caching=True)
-    return PagedRunner(paged, facts, cache.block_size)
+    # Only where the number of threads changes no result, and nobody has asked for a number.
+    free_to_choose = isinstance(backend, CpuAttention) and loaded.requested.num_threads is None
+    governor = (
+        ThreadGovernor(torch.get_num_threads(), torch.set_num_threads, time.monotonic)
+        if free_to_choose
+        else None
+    )
+    return PagedRunner(paged, facts, cache.block_size, governor)
 
 
 def _budget_bytes(

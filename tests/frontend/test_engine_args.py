@@ -1,0 +1,124 @@
+"""`EngineArgs` refuses what no engine could mean, and drops nothing on its way to the core."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from footplate.frontend import EngineArgs
+from footplate.protocol.config import CoreConfig
+from footplate.protocol.errors import InvalidParameterError
+
+
+@pytest.mark.parametrize(
+    ("name", "legal"),
+    [
+        ("model", ["demo", "fake", "/models/m", "org/name"]),
+        ("tokenizer", [None, "/models/m"]),
+        ("dtype", ["auto", "float32", "bfloat16", "float16"]),
+        ("device", ["auto", "cpu", "cuda"]),
+        ("max_model_len", [None, 1, 10**6]),
+        ("block_size", [1, 16, 4096]),
+        ("num_gpu_blocks_override", [None, 1]),
+        ("kv_cache_memory_bytes", [None, 2**40]),
+        ("gpu_memory_utilization", [1, 1.0, 0.01]),
+        ("enable_prefix_caching", [True, False]),
+        ("max_num_seqs", [1, 512]),
+        ("max_num_batched_tokens", [256, 10**6]),
+        ("scheduling_policy", ["fcfs", "priority"]),
+        ("threads", [None, 1]),
+        ("start_timeout_s", [0.1, 1, math.inf]),
+        ("log_level", ["DEBUG", "ERROR"]),
+    ],
+)
+def test_values_within_bounds_are_taken(name: str, legal: list[Any]) -> None:
+    for value in legal:
+        assert getattr(EngineArgs(**{name: value}), name) == value
+
+
+POSITIVE = [0, -1, 1.5, True, "1", 2**63]
+
+
+@pytest.mark.parametrize(
+    ("name", "illegal"),
+    [
+        ("model", ["", None, 5, Path("m")]),
+        ("tokenizer", ["", 5, Path("m")]),
+        ("dtype", ["float64", "", None, ["auto"]]),
+        ("device", ["tpu", None]),
+        ("max_model_len", POSITIVE),
+        ("block_size", [*POSITIVE, None]),
+        ("num_gpu_blocks_override", POSITIVE),
+        ("kv_cache_memory_bytes", POSITIVE),
+        ("gpu_memory_utilization", [0, -0.5, 1.01, math.nan, "0.9", None, True]),
+        ("enable_prefix_caching", [None, 1, "yes"]),
+        ("max_num_seqs", [*POSITIVE, None]),
+        ("max_num_batched_tokens", [*POSITIVE, None]),
+        ("scheduling_policy", ["lifo", None]),
+        ("threads", POSITIVE),
+        ("start_timeout_s", [0, -1, math.nan, "1", None, True]),
+        ("log_level", ["debug", "TRACE", None]),
+    ],
+)
+def test_values_out_of_bounds_are_refused_by_name(name: str, illegal: list[Any]) -> None:
+    for value in illegal:
+        with pytest.raises(InvalidParameterError, match=f"{name}=") as caught:
+            EngineArgs(**{name: value})
+        assert (caught.value.parameter, caught.value.value) == (name, value)
+
+
+def test_every_running_request_must_get_a_token_in_every_step() -> None:
+    EngineArgs(max_num_seqs=8, max_num_batched_tokens=8)
+    with pytest.raises(InvalidParameterError, match=r"max_num_seqs \(9\)"):
+        EngineArgs(max_num_seqs=9, max_num_batched_tokens=8)
+
+
+def test_an_unknown_argument_is_an_error() -> None:
+    with pytest.raises(TypeError, match="max_num_sequences"):
+        EngineArgs(max_num_sequences=1)  # type: ignore[call-arg]
+
+
+def test_arguments_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineArgs().model = "fake"  # type: ignore[misc]
+
+
+# Every argument with a value that is not its default, and where the core finds it.
+MOVED: dict[str, tuple[Any, str]] = {
+    "model": ("fake", "model.model"),
+    "tokenizer": ("/t", "model.tokenizer"),
+    "dtype": ("float16", "model.dtype"),
+    "device": ("cuda", "model.device"),
+    "max_model_len": (77, "model.max_model_len"),
+    "threads": (3, "model.num_threads"),
+    "block_size": (8, "cache.block_size"),
+    "num_gpu_blocks_override": (99, "cache.num_gpu_blocks_override"),
+    "kv_cache_memory_bytes": (2**40, "cache.kv_cache_memory_bytes"),
+    "gpu_memory_utilization": (0.5, "cache.gpu_memory_utilization"),
+    "enable_prefix_caching": (False, "cache.enable_prefix_caching"),
+    "max_num_seqs": (5, "scheduler.max_num_seqs"),
+    "max_num_batched_tokens": (600, "scheduler.max_num_batched_tokens"),
+    "scheduling_policy": ("priority", "scheduler.policy"),
+    "log_level": ("ERROR", "log_level"),
+}
+OF_THE_CLIENT = {"start_timeout_s"}
+
+
+def test_every_argument_reaches_the_core() -> None:
+    assert {field.name for field in dataclasses.fields(EngineArgs)} == {*MOVED, *OF_THE_CLIENT}
+    args = EngineArgs(**{name: value for name, (value, _) in MOVED.items()})
+    sent = args.core_config("ipc:///x", "/private")
+    received = msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=CoreConfig)
+    assert (received.address, received.private_dir) == ("ipc:///x", "/private")
+    for name, (value, path) in MOVED.items():
+        found: Any = received
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert found == value != getattr(EngineArgs(), name)
+
+
+def test_the_core_has_the_same_defaults() -> None:
+    assert EngineArgs().core_config("ipc:///x") == CoreConfig(address="ipc:///x")

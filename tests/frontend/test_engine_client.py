@@ -1,0 +1,216 @@
+"""From step outputs to streams, in plain calls."""
+
+from typing import Any
+
+import pytest
+
+from footplate.frontend import RequestMetrics, SamplingParams
+from footplate.frontend.engine_client import EngineClient
+from footplate.frontend.stream import RequestStream
+from footplate.frontend.text import StopStrings
+from footplate.protocol.errors import DuplicateRequestError, EngineDeadError, RequestFailedError
+from footplate.protocol.messages import AbortRequests, Finished, FinishReason, Started, StepOutputs
+
+
+class Letters:
+    """A detokenizer to which a token id is a letter: 0 is a."""
+
+    def feed(self, token_ids: Any) -> str:
+        return "".join(chr(ord("a") + token_id) for token_id in token_ids)
+
+    def finish(self) -> str:
+        return ""
+
+
+def open_stream(client: EngineClient, request_id: str, stop: tuple[str, ...] = ()) -> RequestStream:
+    stream = RequestStream(
+        request_id,
+        client.new_handle(),
+        None,
+        [1],
+        SamplingParams(stop=stop),
+        0,
+        RequestMetrics(0.0, 0.0),
+        Letters(),
+        StopStrings(stop) if stop else None,
+        lambda stream: None,
+    )
+    client.open(stream)
+    return stream
+
+
+def outputs(*runs: tuple[int, int, list[int]], **tables: Any) -> StepOutputs:
+    """Runs of (handle, position, token ids), as the core would put them into columns."""
+    handles = [handle for handle, _, _ in runs]
+    positions = [position for _, position, _ in runs]
+    token_ids = [token_id for _, _, ids in runs for token_id in ids]
+    counts = [len(ids) for _, _, ids in runs]
+    if all(count == 1 for count in counts):
+        counts = []
+    return StepOutputs(9, handles, positions, token_ids, counts, **tables)
+
+
+async def tokens_of(stream: RequestStream) -> list[int]:
+    """All that a stream which has ended well holds."""
+    return [output async for output in stream][-1].outputs[0].token_ids
+
+
+async def test_every_stream_gets_its_own_tokens() -> None:
+    client = EngineClient()
+    a, b = open_stream(client, "a"), open_stream(client, "b")
+    assert client.handle(outputs((b.handle, 0, [5]), (a.handle, 0, [6])), 1.0) == []
+    assert client.handle(outputs((a.handle, 1, [7, 8]), (b.handle, 1, [9])), 2.0) == []
+    finished = [Finished(a.handle, FinishReason.LENGTH), Finished(b.handle, FinishReason.STOP)]
+    assert client.handle(outputs(finished=finished), 3.0) == []
+    assert (await tokens_of(a), await tokens_of(b)) == ([6, 7, 8], [5, 9])
+    assert (a.metrics.first_token, a.metrics.last_token) == (1.0, 2.0)
+
+
+async def test_the_report_on_a_start_reaches_its_stream() -> None:
+    client = EngineClient()
+    a, b = open_stream(client, "a"), open_stream(client, "b")
+    started = [Started(b.handle, 32, 0.5, 0.25), Started(99, 1, 1.0, 1.0)]
+    client.handle(outputs(started=started), 1.0)
+    assert (a.num_cached_tokens, b.num_cached_tokens) == (None, 32)
+
+
+async def test_an_ended_request_leaves_its_id_free_and_its_handle_used() -> None:
+    client = EngineClient()
+    first = open_stream(client, "a")
+    client.handle(outputs(finished=[Finished(first.handle, FinishReason.LENGTH)]), 1.0)
+    assert client.num_live == 0
+    second = open_stream(client, "a")
+    assert second.handle != first.handle
+    assert client.num_live == 1
+
+
+async def test_a_live_id_is_refused() -> None:
+    client = EngineClient()
+    open_stream(client, "a")
+    with pytest.raises(DuplicateRequestError, match="'a'"):
+        client.require_unused("a")
+    with pytest.raises(DuplicateRequestError, match="'a'"):
+        open_stream(client, "a")
+    client.require_unused("b")
+    assert client.num_live == 1
+
+
+# ---- positions
+
+
+@pytest.mark.parametrize("repeat", [[5], [5, 6]], ids=["single", "run"])
+async def test_tokens_that_came_before_are_dropped(repeat: list[int]) -> None:
+    client = EngineClient()
+    stream = open_stream(client, "a")
+    client.handle(outputs((stream.handle, 0, [5, 6])), 1.0)
+    assert client.handle(outputs((stream.handle, 0, repeat)), 1.0) == []
+    assert client.handle(outputs((stream.handle, 1, [6])), 1.0) == []
+    client.handle(outputs((stream.handle, 2, [7])), 1.0)
+    client.handle(outputs(finished=[Finished(stream.handle, FinishReason.LENGTH)]), 1.0)
+    assert await tokens_of(stream) == [5, 6, 7]
+
+
+async def test_of_a_run_that_overlaps_only_the_new_end_is_taken() -> None:
+    client = EngineClient()
+    stream = open_stream(client, "a")
+    client.handle(outputs((stream.handle, 0, [5, 6])), 1.0)
+    client.handle(outputs((stream.handle, 1, [6, 7, 8])), 1.0)
+    client.handle(outputs(finished=[Finished(stream.handle, FinishReason.LENGTH)]), 1.0)
+    assert await tokens_of(stream) == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("late", [[7], [7, 8]], ids=["single", "run"])
+async def test_a_gap_ends_the_stream_it_is_in_and_no_other(late: list[int]) -> None:
+    client = EngineClient()
+    holed, whole = open_stream(client, "holed"), open_stream(client, "whole")
+    client.handle(outputs((holed.handle, 0, [5]), (whole.handle, 0, [5])), 1.0)
+    over = client.handle(outputs((holed.handle, 2, late), (whole.handle, 1, [6])), 1.0)
+    assert over == [holed.handle], "the core need not go on with it"
+    assert client.num_live == 1
+    assert (await anext(holed)).outputs[0].token_ids == [5]
+    with pytest.raises(RequestFailedError, match="'holed': token 1 is missing, 2 came"):
+        await anext(holed)
+    assert (await anext(whole)).outputs[0].token_ids == [5, 6]
+
+
+async def test_outputs_for_unknown_streams_are_ignored() -> None:
+    client = EngineClient()
+    stream = open_stream(client, "a")
+    gone = stream.handle + 1
+    for message in (
+        outputs((gone, 0, [5])),
+        outputs((gone, 3, [5, 6]), (stream.handle, 0, [7, 8])),
+        outputs(finished=[Finished(gone, FinishReason.ERROR, "why")]),
+    ):
+        assert client.handle(message, 1.0) == []
+    assert (await anext(stream)).outputs[0].token_ids == [7, 8]
+
+
+async def test_a_stream_whose_text_cannot_be_made_ends_alone() -> None:
+    client = EngineClient()
+    broken, whole = (open_stream(client, name, stop=("stop",)) for name in ("broken", "whole"))
+    for no_letter in (outputs((broken.handle, 0, [2**31]), (whole.handle, 0, [1])),):
+        assert client.handle(no_letter, 1.0) == [broken.handle]
+    client.handle(outputs((whole.handle, 1, [2, 3])), 1.0)
+    client.handle(outputs(finished=[Finished(whole.handle, FinishReason.LENGTH)]), 1.0)
+    assert await tokens_of(whole) == [1, 2, 3]
+    with pytest.raises(RequestFailedError, match="'broken'"):
+        async for _ in broken:
+            pass
+
+
+@pytest.mark.parametrize(
+    "nonsense", [StepOutputs(9, [1, 2], [0], [5, 6]), StepOutputs(9, [1], [0, 0], [5], [1])]
+)
+def test_columns_that_do_not_fit_together_are_an_error(nonsense: StepOutputs) -> None:
+    with pytest.raises(ValueError, match="argument"):
+        EngineClient().handle(nonsense, 1.0)
+
+
+# ---- ends that begin here
+
+
+async def test_a_stop_string_ends_a_stream_and_the_core_is_to_be_told() -> None:
+    client = EngineClient()
+    a, b, c = (open_stream(client, name, stop=("bc",)) for name in "abc")
+    assert client.handle(outputs((a.handle, 0, [1]), (b.handle, 0, [1, 2, 3])), 1.0) == [b.handle]
+    assert client.handle(outputs((a.handle, 1, [2]), (c.handle, 0, [2])), 1.0) == [a.handle]
+    assert client.num_live == 1
+    # What the core sent before it was told.
+    late = outputs((a.handle, 2, [3]), finished=[Finished(a.handle, FinishReason.ABORT)])
+    assert client.handle(late, 1.0) == []
+    assert await tokens_of(a) == [1, 2]
+
+
+async def test_aborting_ends_streams_at_once_and_names_their_handles() -> None:
+    client = EngineClient()
+    a, b, c = (open_stream(client, name) for name in "abc")
+    client.handle(outputs((a.handle, 0, [5])), 1.0)
+    assert client.abort(["c", "unknown", "a", "a"]) == AbortRequests([c.handle, a.handle])
+    assert await tokens_of(a) == [5]
+    assert (await anext(c)).outputs[0].finish_reason == "abort"
+    assert client.num_live == 1
+    client.require_unused("a")
+    assert not b.is_finished
+
+
+async def test_aborting_nothing_says_nothing() -> None:
+    client = EngineClient()
+    stream = open_stream(client, "a")
+    client.handle(outputs(finished=[Finished(stream.handle, FinishReason.LENGTH)]), 1.0)
+    assert client.abort([]) is None
+    assert client.abort(["a", "unknown"]) is None
+
+
+async def test_a_failure_reaches_every_live_stream() -> None:
+    client = EngineClient()
+    done, a, b = (open_stream(client, name) for name in ("done", "a", "b"))
+    client.handle(outputs((a.handle, 0, [5])), 1.0)
+    client.handle(outputs(finished=[Finished(done.handle, FinishReason.LENGTH)]), 1.0)
+    client.fail_all(EngineDeadError("killed"))
+    assert client.num_live == 0
+    assert (await anext(a)).outputs[0].token_ids == [5]
+    for stream in (a, b):
+        with pytest.raises(EngineDeadError, match="killed"):
+            await anext(stream)
+    assert (await anext(done)).finished

@@ -1,0 +1,114 @@
+"""An application with an engine, to be killed. A program: its argument is what it does."""
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from footplate.frontend import LLM, AsyncLLMEngine, EngineArgs, SamplingParams, async_llm_engine
+from footplate.protocol.errors import EngineClosedError
+
+forgotten: LLM
+FOREVER = SamplingParams(max_tokens=30_000, detokenize=False)
+
+
+def say(*words: object) -> None:
+    # One write: two processes may be speaking.
+    os.write(1, f"{' '.join(map(str, words))}\n".encode())
+
+
+async def stream(engine: AsyncLLMEngine) -> None:
+    """Twenty requests that do not end; says so when all of them have begun."""
+    streams = [await engine.add_request(str(n), [20 + n], FOREVER) for n in range(20)]
+    for request in streams:
+        await anext(request)
+    say("streaming")
+
+
+async def own_engine(until: str) -> None:
+    engine = AsyncLLMEngine(EngineArgs(model="fake"))
+    engine.start_background_loop()
+    await asyncio.sleep(0)
+    say("starting")
+    if until != "starting":
+        await engine.start()
+        say("serving")
+    if until == "streaming":
+        await stream(engine)
+    await asyncio.Event().wait()
+
+
+async def attached(address: str) -> None:
+    engine = AsyncLLMEngine.connect(address)
+    await engine.start()
+    say("serving")
+    await stream(engine)
+    await asyncio.Event().wait()
+
+
+def report(call: Callable[[], object]) -> None:
+    """Fork, and say what comes of a call in the child and then in the parent."""
+    child = os.fork()
+    try:
+        call()
+    except EngineClosedError as error:
+        say("child" if not child else "parent", "refused:", error)
+    else:
+        say("child" if not child else "parent", "served")
+    if child:
+        os.waitpid(child, 0)
+        call()
+        say("parent served after its child's end")
+
+
+def fork_an_engine() -> None:
+    engine = AsyncLLMEngine(EngineArgs(model="fake"))
+    with asyncio.Runner() as runner:
+        runner.run(engine.start())
+        parent = os.getpid()
+
+        def ask() -> object:
+            if os.getpid() == parent:
+                return runner.run(engine.get_stats())
+            return asyncio.run(engine.get_stats())
+
+        report(ask)
+        if os.getpid() != parent:
+            os._exit(0)  # the loop is the parent's
+
+
+def fork_an_llm() -> None:
+    llm = LLM(model="fake")
+    report(llm.get_stats)
+
+
+def main(what: str, where: str) -> None:
+    """`where` is the address to attach to, or the folder for private folders."""
+
+    def make_private_dir() -> Path:
+        return Path(tempfile.mkdtemp(dir=where))
+
+    async_llm_engine.make_private_dir = make_private_dir  # type: ignore[attr-defined]
+    match what:
+        case "attached":
+            asyncio.run(attached(where))
+        case "forgets":  # an engine that is not shut down at the end of the program
+            engine = AsyncLLMEngine(EngineArgs(model="fake"))
+            asyncio.run(stream(engine))
+        case "forgets an LLM":
+            global forgotten
+            forgotten = LLM(model="fake")
+            forgotten.generate([20], SamplingParams(detokenize=False), use_tqdm=False)
+            say("streaming")
+        case "forks":
+            fork_an_engine()
+        case "forks an LLM":
+            fork_an_llm()
+        case _:
+            asyncio.run(own_engine(what))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,309 @@
+"""Every message as it stands on the wire. These bytes are a contract: they change only together
+with PROTOCOL_VERSION, except that fields may be appended."""
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+
+from footplate.protocol.codec import (
+    MAX_FRAME_BYTES,
+    BadFrameError,
+    Decoder,
+    Encoder,
+    client_message_decoder,
+    core_message_decoder,
+)
+from footplate.protocol.errors import MessageTooLargeError
+from footplate.protocol.messages import (
+    AbortRequests,
+    AddRequest,
+    ClientMessage,
+    ControlReply,
+    CoreMessage,
+    EngineFailed,
+    Finished,
+    FinishReason,
+    GetStats,
+    Goodbye,
+    Hello,
+    Limits,
+    Message,
+    ModelFacts,
+    Progress,
+    Refused,
+    ResetPrefixCache,
+    Started,
+    Stats,
+    StepOutputs,
+    Welcome,
+)
+from footplate.protocol.params import TokenParams
+
+PARAMS = TokenParams(0.5, 1.0, 0, 0.0, 7, 3, 0, (2,))
+FACTS = ModelFacts("m", "t", "A", 10, 20, (2,), "float32", "cpu", "paged torch", 5)
+LIMITS = Limits(256, 512, "fcfs", 16, 100, True)
+STATS = Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
+
+GOLDEN_CLIENT: list[tuple[Message, str]] = [
+    (Hello((1, 0), "ipc:///x"), "93a568656c6c6f920100a86970633a2f2f2f78"),
+    (
+        AddRequest(1, [300, 4], PARAMS, -1, "s"),
+        "96a36164640192cd012c0498cb3fe0000000000000cb3ff000000000000000cb0000000000000000070300"
+        "9102ffa173",
+    ),
+    (AbortRequests([1, 2]), "92a561626f7274920102"),
+    (Goodbye(), "91a3627965"),
+    (ResetPrefixCache(3), "92b272657365745f7072656669785f636163686503"),
+    (GetStats(4), "92a96765745f737461747304"),
+]
+
+GOLDEN_CORE: list[tuple[Message, str]] = [
+    (
+        Welcome(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
+        "97a777656c636f6d65099201009aa16da174a1410a149102a7666c6f61743332a3637075ab706167656420"
+        "746f7263680596cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe0000000000000",
+    ),
+    (
+        Progress("loading weights", 0.25),
+        "93a870726f6772657373af6c6f6164696e672077656967687473cb3fd0000000000000",
+    ),
+    (
+        Refused("start", "no such folder"),
+        "93a772656675736564a57374617274ae6e6f207375636820666f6c646572",
+    ),
+    (
+        StepOutputs(9, [1, 2], [0, 5], [300, 4]),
+        "98a36f75740992010292000592cd012c04909090",
+    ),
+    (
+        StepOutputs(
+            9,
+            [1, 2],
+            [0, 5],
+            [300, 4, 7],
+            [1, 2],
+            [Started(1, 16, 0.5, 0.25)],
+            [Finished(2, FinishReason.LENGTH), Finished(3, FinishReason.ERROR, "why")],
+        ),
+        "98a36f75740992010292000593cd012c040792010291940110cb3fe0000000000000cb3fd0000000000000"
+        "92930201a0930303a3776879",
+    ),
+    (
+        ControlReply(3, False, "requests are running"),
+        "95a57265706c7903c2b47265717565737473206172652072756e6e696e67c0",
+    ),
+    (ControlReply(4, True, "", STATS), "95a57265706c7904c3a09b0102030405060708090a0b"),
+    (
+        EngineFailed("RuntimeError: out of memory"),
+        "92a66661696c6564bb52756e74696d654572726f723a206f7574206f66206d656d6f7279",
+    ),
+]
+
+
+def decode(message_type: type, frame: bytes) -> Message:
+    """Decode in the direction that this type of message travels in."""
+    from_client = message_type in ClientMessage.__args__
+    decoder: Decoder[Any] = client_message_decoder() if from_client else core_message_decoder()
+    message: Message = decoder.decode(frame)
+    return message
+
+
+def pack(fields: object) -> bytes:
+    return msgspec.msgpack.encode(fields)
+
+
+def fields_of(frame_hex: str) -> list[Any]:
+    fields: list[Any] = msgspec.msgpack.decode(bytes.fromhex(frame_hex))
+    return fields
+
+
+every_message = pytest.mark.parametrize(
+    ("message", "golden"),
+    GOLDEN_CLIENT + GOLDEN_CORE,
+    ids=lambda value: type(value).__name__ if isinstance(value, Message) else "",
+)
+
+
+def test_every_message_type_has_golden_bytes() -> None:
+    assert {type(m) for m, _ in GOLDEN_CLIENT} == set(ClientMessage.__args__)
+    assert {type(m) for m, _ in GOLDEN_CORE} == set(CoreMessage.__args__)
+
+
+@every_message
+def test_a_message_is_encoded_to_its_golden_bytes(message: Message, golden: str) -> None:
+    assert Encoder().encode(message).hex() == golden
+
+
+@every_message
+def test_golden_bytes_are_decoded_to_their_message(message: Message, golden: str) -> None:
+    assert decode(type(message), bytes.fromhex(golden)) == message
+
+
+@every_message
+def test_a_message_of_the_other_direction_is_a_bad_frame(message: Message, golden: str) -> None:
+    from_client = type(message) in ClientMessage.__args__
+    other: Decoder[Any] = core_message_decoder() if from_client else client_message_decoder()
+    with pytest.raises(BadFrameError):
+        other.decode(bytes.fromhex(golden))
+
+
+# ---- an older or a newer peer
+
+
+@every_message
+def test_fields_that_a_newer_peer_appended_are_ignored(message: Message, golden: str) -> None:
+    newer = [*fields_of(golden), "new", 7, None, [1, [2]], {"k": 1.5}]
+    assert decode(type(message), pack(newer)) == message
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        (GOLDEN_CLIENT[1], [3]),  # TokenParams
+        (GOLDEN_CORE[0], [3]),  # ModelFacts
+        (GOLDEN_CORE[0], [4]),  # Limits
+        (GOLDEN_CORE[4], [6, 0]),  # Started
+        (GOLDEN_CORE[4], [7, 1]),  # Finished
+        (GOLDEN_CORE[6], [4]),  # Stats
+    ],
+)
+def test_fields_that_a_newer_peer_appended_to_a_part_are_ignored(
+    message: tuple[Message, str], path: list[int]
+) -> None:
+    fields = part = fields_of(message[1])
+    for index in path:
+        part = part[index]
+    part += ["new", [1]]
+    assert decode(type(message[0]), pack(fields)) == message[0]
+
+
+@every_message
+def test_optional_fields_that_an_older_peer_does_not_send_get_their_defaults(
+    message: Message, golden: str
+) -> None:
+    infos = msgspec.structs.fields(message)
+    required = [info for info in infos if info.required]
+    assert infos[: len(required)] == tuple(required), "an optional field precedes a required one"
+    older = decode(type(message), pack(fields_of(golden)[: 1 + len(required)]))
+    for info in infos:
+        expected = getattr(message, info.name)
+        if not info.required:
+            factory = info.default_factory
+            has_factory = factory is not msgspec.NODEFAULT
+            expected = factory() if has_factory else info.default
+        assert getattr(older, info.name) == expected
+
+
+@every_message
+def test_a_required_field_must_not_be_missing(message: Message, golden: str) -> None:
+    num_required = sum(info.required for info in msgspec.structs.fields(message))
+    with pytest.raises(BadFrameError):
+        decode(type(message), pack(fields_of(golden)[:num_required]))
+
+
+# ---- frames that are no messages
+
+
+@every_message
+def test_every_truncation_is_a_bad_frame(message: Message, golden: str) -> None:
+    frame = bytes.fromhex(golden)
+    for length in range(len(frame)):
+        with pytest.raises(BadFrameError):
+            decode(type(message), frame[:length])
+
+
+@every_message
+def test_bytes_behind_the_message_are_a_bad_frame(message: Message, golden: str) -> None:
+    with pytest.raises(BadFrameError):
+        decode(type(message), bytes.fromhex(golden) + b"\x00")
+
+
+def mutate(frame: bytes, other: bytes, dice: random.Random) -> bytes:
+    data = bytearray(frame)
+    for _ in range(dice.choice((1, 1, 1, 2, 4, 16))):
+        at = dice.randrange(len(data) + 1)
+        match dice.randrange(6):
+            case 0 if at < len(data):
+                data[at] ^= 1 << dice.randrange(8)
+            case 1 if at < len(data):
+                data[at] = dice.randrange(256)
+            case 2:
+                data[at:at] = dice.randbytes(dice.randrange(1, 9))
+            case 3:
+                del data[at : at + dice.randrange(1, 9)]
+            case 4:
+                data[at:] = other[dice.randrange(len(other)) :]
+            case _:
+                data[at:at] = data[dice.randrange(len(data) + 1) :]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("from_client", [True, False], ids=["from client", "from core"])
+def test_mutated_frames_are_messages_or_bad_frames_and_nothing_else(
+    from_client: bool, seed: int
+) -> None:
+    decoder: Decoder[Any] = client_message_decoder() if from_client else core_message_decoder()
+    golden = [bytes.fromhex(text) for _, text in (GOLDEN_CLIENT if from_client else GOLDEN_CORE)]
+    dice, encoder, num_bad = random.Random(seed), Encoder(), 0
+    for _ in range(5_000):
+        frame = mutate(dice.choice(golden), dice.choice(golden), dice)
+        try:
+            message = decoder.decode(frame)
+        except BadFrameError:
+            num_bad += 1
+        else:
+            # Not compared with `==`: a mutated float may be NaN.
+            again = encoder.encode(decoder.decode(encoder.encode(message)))
+            assert again == encoder.encode(message)
+    assert 1_000 < num_bad < 5_000, "the mutations are too mild, or too wild, to test anything"
+
+
+ABORT = bytes.fromhex("a561626f7274")
+BOMBS = {
+    "empty": b"",
+    "nested arrays": b"\x91" * 200_000,
+    "nested maps": b"\x81\xa1k" * 100_000,
+    "nested arrays in a field": b"\x92" + ABORT + b"\x91" * 200_000,
+    "nested arrays in an unknown field": b"\x93" + ABORT + b"\x90" + b"\x91" * 200_000,
+    "nested maps in an unknown field": b"\x93" + ABORT + b"\x90" + b"\x81\xa1k" * 100_000,
+    "an array of four billion": b"\x92" + ABORT + b"\xdd\xff\xff\xff\xff",
+    "an unknown array of four billion": b"\x93" + ABORT + b"\x90\xdd\xff\xff\xff\xff",
+    "four billion fields": b"\xdd\xff\xff\xff\xff" + ABORT,
+    "a map of four billion": b"\xdf\xff\xff\xff\xff",
+    "a string of four billion": b"\x93\xa5hello\x92\x01\x00\xdb\xff\xff\xff\xff",
+    "an extension of four billion": b"\x92" + ABORT + b"\xc9\xff\xff\xff\xff\x01",
+    "text that is not UTF-8": b"\x93\xa5hello\x92\x01\x00\xa2\xff\xff",
+    "a tag that is not UTF-8": b"\x92\xa5\xff\xff\xff\xff\xff\x90",
+    "a tag that is an array": b"\x92\x90\x90",
+    "an unknown tag": b"\x92\xa5eject\x90",
+    "a reserved byte": b"\x92" + ABORT + b"\xc1",
+    "a negative seed": pack(["add", 1, [1], [0.5, 1.0, 0, 0.0, -7, 3, 0, []]]),
+    "a NaN temperature": pack(["add", 1, [1], [float("nan"), 1.0, 0, 0.0, 7, 3, 0, []]]),
+    "a fractional token id": pack(["add", 1, [1.5], [0.5, 1.0, 0, 0.0, 7, 3, 0, []]]),
+}
+
+
+@pytest.mark.parametrize("frame", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_a_bad_frame(frame: bytes) -> None:
+    for decoder in (client_message_decoder(), core_message_decoder()):
+        with pytest.raises(BadFrameError):
+            decoder.decode(frame)
+
+
+def test_a_frame_may_be_a_view_of_a_larger_buffer() -> None:
+    frame = bytes.fromhex(GOLDEN_CLIENT[2][1])
+    view = memoryview(b"x" + frame + b"x")[1:-1]
+    assert client_message_decoder().decode(view) == GOLDEN_CLIENT[2][0]
+
+
+def test_the_largest_message_is_encoded_and_one_byte_more_is_refused_with_numbers() -> None:
+    encoder = Encoder()
+    overhead = len(encoder.encode(EngineFailed("x" * 2**16))) - 2**16
+    largest = "x" * (MAX_FRAME_BYTES - overhead)
+    assert len(encoder.encode(EngineFailed(largest))) == MAX_FRAME_BYTES
+    with pytest.raises(MessageTooLargeError, match=rf"{MAX_FRAME_BYTES + 1}.*{MAX_FRAME_BYTES}"):
+        encoder.encode(EngineFailed(largest + "x"))
+    assert encoder.encode(Goodbye()).hex() == "91a3627965", "the encoder is as good as before"
