@@ -1,23 +1,17 @@
 """The client object: an LLM engine as an asyncio application sees it."""
 
 import asyncio
-import logging
-import os
 import random
 import time
 import uuid
-import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
-from footplate.frontend.connection import Connection
-from footplate.frontend.core_process import CoreProcess
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
-from footplate.frontend.engine_state import EngineEvent, EngineState, advance
+from footplate.frontend.engine_state import EngineState
 from footplate.frontend.outputs import RequestMetrics, RequestOutput
 from footplate.frontend.prompts import (
     ParsedPrompt,
@@ -26,49 +20,36 @@ from footplate.frontend.prompts import (
     resolve_max_tokens,
     tokenize,
 )
+from footplate.frontend.session import ProgressCallback, Session
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.text import StopStrings, Tokenizer, load_tokenizer
 from footplate.protocol.errors import (
     EngineClosedError,
     EngineDeadError,
     EngineError,
-    EngineStartError,
     InvalidRequestError,
 )
-from footplate.protocol.links import default_address, make_private_dir
+from footplate.protocol.links import default_address
 from footplate.protocol.messages import (
-    AbortRequests,
     AddRequest,
-    ControlReply,
-    CoreMessage,
-    EngineFailed,
     GetStats,
     Limits,
     ModelFacts,
-    Progress,
     ResetPrefixCache,
     Stats,
-    StepOutputs,
-    Welcome,
 )
 from footplate.protocol.params import SamplingParams, TokenParams
 
-logger = logging.getLogger(__name__)
-
 CONNECT_TIMEOUT_S = 30.0
-OWN_CORE_EXIT_S = 1.0
 # Handing a text to a thread costs about as much as encoding this many characters.
 MAX_CHARS_ENCODED_INLINE = 256
-
-T = TypeVar("T")
-ProgressCallback = Callable[[str, float], None]
 
 
 class AsyncLLMEngine:
     """Holds one stream per request, over an engine core in another process.
 
-    Owns the connection and, unless it was attached to a running engine, the core process. Use
-    from one event loop at a time. Starts by itself at the first request; constructing needs no
+    Owns the way from a prompt to a stream; its `Session` owns the life of the engine. Use from
+    one event loop at a time. Starts by itself at the first request; constructing needs no
     running loop. After `shutdown` requests are refused until it is started again by `start`.
 
         async with AsyncLLMEngine.from_engine_args(EngineArgs(model="demo")) as engine:
@@ -86,25 +67,12 @@ class AsyncLLMEngine:
         on_progress: ProgressCallback | None = None,
     ) -> None:
         """See `from_engine_args` and `connect`, which say what goes together."""
-        self._args = engine_args or EngineArgs()
-        self._address = address
-        self._tokenizer_source = tokenizer or self._args.tokenizer
-        self._start_timeout_s = (
-            self._args.start_timeout_s if start_timeout_s is None else start_timeout_s
-        )
-        self._on_progress = on_progress
-        self._state = EngineState.NEW
-        self._dead_error: EngineError | None = None
-        self._starting: asyncio.Task[None] | None = None
-        self._process: CoreProcess | None = None
-        self._connection: Connection | None = None
-        self._owner: int | None = None
-        self._losing: asyncio.TimerHandle | None = None
-        self._finalizer: weakref.finalize[..., AsyncLLMEngine] | None = None
-        self._welcome: Welcome | None = None
+        args = engine_args or EngineArgs()
+        if start_timeout_s is None:
+            start_timeout_s = args.start_timeout_s
         self._client = EngineClient()
-        self._calls: dict[int, asyncio.Future[ControlReply]] = {}
-        self._num_calls = 0
+        self._session = Session(args, address, self._client, start_timeout_s, on_progress)
+        self._tokenizer_source = tokenizer or args.tokenizer
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_loading: asyncio.Task[Tokenizer] | None = None
         self._text_thread: ThreadPoolExecutor | None = None
@@ -148,106 +116,15 @@ class AsyncLLMEngine:
             EngineStartError: with the root cause.
             EngineDeadError: this engine has died; build another.
         """
-        if self._state is EngineState.SERVING:
-            return
-        if self._dead_error is not None:
-            raise self._dead_error
-        # Several requests may wait for one start; cancelling one of them must not cancel it.
-        await asyncio.shield(self._starting or self._begin_to_start())
-
-    async def _ensure_started(self) -> None:
-        if self._state is EngineState.STOPPED:
-            # A straggler must not bring back what its owner has shut down.
-            raise EngineClosedError("the engine was shut down")
-        if self._owner not in (None, os.getpid()):
-            raise EngineClosedError(
-                f"the engine belongs to process {self._owner}, this is a fork of it: sockets do "
-                "not survive a fork; build another engine here"
-            )
-        await self.start()
-
-    def _begin_to_start(self) -> "asyncio.Task[None]":
-        # The state changes now, not when the task has its first turn: until then it may be shut
-        # down, and started again.
-        self._advance(EngineEvent.START)
-        self._owner = os.getpid()
-        self._starting = asyncio.create_task(self._start(), name="footplate start")
-        self._starting.add_done_callback(_retrieve_error)
-        return self._starting
-
-    def _require_wanted(self) -> None:
-        if self._starting is not asyncio.current_task():
-            raise EngineClosedError("the engine was shut down while it was starting") from None
-
-    async def _start(self) -> None:
-        self._require_wanted()
-        try:
-            address = self._address or self._start_process()
-            # Callbacks must not keep a dropped engine alive: the event loop holds them.
-            self._connection = Connection(
-                address,
-                on_messages=_weakly(self._on_messages),
-                on_lost=_weakly(self._on_connection_lost),
-                on_progress=_weakly(self._report_progress),
-            )
-            self._welcome = await self._connection.open(self._start_timeout_s)
-            self._require_wanted()
-        except BaseException as error:
-            self._require_wanted()
-            self._release()
-            self._advance(EngineEvent.DIE)
-            self._dead_error = (
-                error
-                if isinstance(error, EngineError)
-                else EngineStartError(f"start-up was interrupted: {error!r}")
-            )
-            raise
-        self._advance(EngineEvent.READY)
-        self._starting = None
-        self._finalizer = weakref.finalize(
-            self, _release_later, asyncio.get_running_loop(), self._connection, self._process
-        )
-
-    def _start_process(self) -> str:
-        folder = make_private_dir()
-        address = f"ipc://{folder / 'engine.sock'}"
-        loop, tell = asyncio.get_running_loop(), _weakly(self._on_core_exit)
-
-        def on_exit(error: EngineStartError) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-                loop.call_soon_threadsafe(tell, error)
-
-        self._process = CoreProcess(self._args.core_config(address, str(folder)), on_exit)
-        return address
+        await self._session.start()
 
     def shutdown(self) -> None:
         """End all streams with `EngineClosedError`, and the core, if it is this engine's own.
         May be called in any state, more than once, and without a running loop."""
-        self._advance(EngineEvent.STOP)
-        self._client.fail_all(EngineClosedError("the engine was shut down"))
-        self._release()
-        self._starting = None
-        self._dead_error = None
+        self._session.stop()
         # The next start may find another model, on another event loop.
         self._tokenizer = None
         self._tokenizer_loading = None
-
-    def _release(self) -> None:
-        for call in self._calls.values():
-            if not call.done():
-                call.cancel()
-        self._calls.clear()
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        if self._losing is not None:
-            self._losing.cancel()  # it means this core, not one that is started later
-            self._losing = None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
         if self._text_thread is not None:
             self._text_thread.shutdown(wait=False)
             self._text_thread = None
@@ -268,9 +145,7 @@ class AsyncLLMEngine:
         """Begin to start without waiting; needs a running loop. The name is vLLM's."""
         if self.errored:
             raise self.dead_error
-        if self.is_running or self._starting is not None:
-            raise RuntimeError("the engine is running already")
-        self._begin_to_start()
+        self._session.begin_to_start()
 
     def shutdown_background_loop(self) -> None:
         """As `shutdown`. The name is vLLM's."""
@@ -281,22 +156,22 @@ class AsyncLLMEngine:
     @property
     def is_running(self) -> bool:
         """Whether requests can be served now."""
-        return self._state is EngineState.SERVING
+        return self._session.state is EngineState.SERVING
 
     @property
     def is_stopped(self) -> bool:
         """Whether the engine has ended, by itself or by its owner."""
-        return self._state in (EngineState.STOPPED, EngineState.DEAD)
+        return self._session.state in (EngineState.STOPPED, EngineState.DEAD)
 
     @property
     def errored(self) -> bool:
         """Whether the engine has ended without being asked to."""
-        return self._dead_error is not None
+        return self._session.dead_error is not None
 
     @property
     def dead_error(self) -> EngineError:
         """What requests are answered with after the engine's death, or would be."""
-        return self._dead_error or EngineDeadError("the engine core is not running")
+        return self._session.dead_error or EngineDeadError("the engine core is not running")
 
     async def check_health(self) -> None:
         """Return if the engine serves requests.
@@ -304,28 +179,20 @@ class AsyncLLMEngine:
         Raises:
             EngineError: it has died, was shut down, or has not been started.
         """
-        if self._dead_error is not None:
-            raise self._dead_error
-        if self._state is not EngineState.SERVING:
-            raise EngineClosedError(f"the engine is {self._state.name.lower()}")
+        self._session.require_serving()
 
     @property
     def process_id(self) -> int | None:
         """The engine core's pid; None until it is ready."""
-        return self._welcome.process_id if self._welcome else None
+        try:
+            return self._session.welcome.process_id
+        except EngineClosedError:
+            return None
 
     @property
     def start_phases(self) -> dict[str, float]:
         """Seconds that each phase of the core's start-up took."""
-        return self._ready().phases
-
-    def _advance(self, event: EngineEvent) -> None:
-        self._state = advance(self._state, event)
-
-    def _ready(self) -> Welcome:
-        if self._welcome is None:
-            raise EngineClosedError("the engine has not been started")
-        return self._welcome
+        return self._session.welcome.phases
 
     # ---- requests
 
@@ -369,7 +236,7 @@ class AsyncLLMEngine:
     ) -> RequestStream:
         """Start one request and return its stream, which the caller iterates or closes. For
         arguments and errors see `generate`."""
-        await self._ensure_started()
+        await self._session.ensure_started()
         request_id = request_id or uuid.uuid4().hex
         params = params or SamplingParams()
         self._client.require_unused(request_id)
@@ -377,7 +244,7 @@ class AsyncLLMEngine:
         metrics = RequestMetrics(time.time(), time.monotonic())
         parsed = parse_prompt(prompt)
         text, token_ids = await self._token_ids_of(parsed)
-        max_tokens = resolve_max_tokens(token_ids, params, self._ready().model)
+        max_tokens = resolve_max_tokens(token_ids, params, self._session.welcome.model)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         detokenizer = None
         if params.detokenize:
@@ -403,7 +270,7 @@ class AsyncLLMEngine:
             params,
             seed=seed,
             max_tokens=max_tokens,
-            eos_token_ids=self._ready().model.eos_token_ids,
+            eos_token_ids=self._session.welcome.model.eos_token_ids,
         )
         await self._submit(
             stream,
@@ -412,20 +279,18 @@ class AsyncLLMEngine:
         return stream
 
     async def _submit(self, stream: RequestStream, message: AddRequest) -> None:
-        # The engine may have ended while the prompt was encoded.
-        await self.check_health()
-        assert self._connection is not None
         self._client.require_unused(stream.request_id)
-        self._connection.send(message)  # first: what is too large leaves no trace
+        # First of all: what is too large, or too late, leaves no trace.
+        self._session.send(message)
         self._client.open(stream)
         try:
-            await self._connection.has_room()
+            await self._session.has_room()
         except BaseException:
             stream.close()
             raise
 
     def _check_priority(self, priority: int) -> None:
-        if priority and self._ready().limits.policy != "priority":
+        if priority and self._session.welcome.limits.policy != "priority":
             raise InvalidRequestError(
                 f"priority={priority} needs an engine with scheduling_policy='priority'"
             )
@@ -454,8 +319,8 @@ class AsyncLLMEngine:
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         message = self._client.abort(request_ids)
-        if message is not None and self._connection is not None:
-            self._connection.send(message)
+        if message is not None:
+            self._session.send(message)
 
     def _abandon(self, stream: RequestStream) -> None:
         self._abort([stream.request_id])
@@ -465,9 +330,9 @@ class AsyncLLMEngine:
     async def get_tokenizer(self) -> Tokenizer:
         """The tokenizer of the engine's model. Raises TokenizerError if there is none."""
         if self._tokenizer is None:
-            await self._ensure_started()
+            await self._session.ensure_started()
             if self._tokenizer_loading is None:
-                source = self._tokenizer_source or self._ready().model.tokenizer
+                source = self._tokenizer_source or self._session.welcome.model.tokenizer
                 self._tokenizer_loading = asyncio.ensure_future(self._load_tokenizer(source))
             self._tokenizer = await asyncio.shield(self._tokenizer_loading)
         return self._tokenizer
@@ -478,115 +343,20 @@ class AsyncLLMEngine:
 
     async def get_model_config(self) -> ModelFacts:
         """What the core found out about its model."""
-        await self._ensure_started()
-        return self._ready().model
+        await self._session.ensure_started()
+        return self._session.welcome.model
 
     async def get_scheduler_config(self) -> Limits:
         """The core's limits."""
-        await self._ensure_started()
-        return self._ready().limits
+        await self._session.ensure_started()
+        return self._session.welcome.limits
 
     async def get_stats(self) -> Stats:
         """The core's books, as they stand between two steps."""
-        reply = await self._call(GetStats)
+        reply = await self._session.call(GetStats)
         assert reply.stats is not None
         return reply.stats
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing done, while requests are running."""
-        return (await self._call(ResetPrefixCache)).ok
-
-    async def _call(self, message: type[GetStats] | type[ResetPrefixCache]) -> ControlReply:
-        await self._ensure_started()
-        assert self._connection is not None
-        self._num_calls += 1
-        reply: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
-        self._calls[self._num_calls] = reply
-        self._connection.send(message(self._num_calls))
-        try:
-            return await reply
-        except asyncio.CancelledError:
-            await self.check_health()  # cancelled because the engine ended: say so
-            raise
-
-    # ---- what the core says
-
-    def _on_messages(self, messages: list[CoreMessage]) -> None:
-        assert self._welcome is not None
-        now = time.monotonic()
-        over: list[int] = []
-        for message in messages:
-            match message:
-                case StepOutputs():
-                    if message.epoch != self._welcome.epoch:
-                        continue
-                    try:
-                        over += self._client.handle(message, now)
-                    except ValueError as error:
-                        self._die(f"the engine core sent outputs that make no sense: {error}")
-                        return
-                case ControlReply(call=call):
-                    reply = self._calls.pop(call, None)
-                    if reply is not None and not reply.done():
-                        reply.set_result(message)
-                case EngineFailed(cause=cause):
-                    self._die(cause)
-                    return
-                case _:
-                    logger.warning("unexpected %s on the output socket", type(message).__name__)
-        if over and self._connection is not None:
-            self._connection.send(AbortRequests(over))
-
-    def _report_progress(self, progress: Progress) -> None:
-        if self._on_progress is not None:
-            self._on_progress(progress.phase, progress.fraction)
-
-    def _on_connection_lost(self, cause: str) -> None:
-        # The end of a core of our own is explained better, and about as fast, by its process.
-        patience_s = 0.0 if self._process is None else OWN_CORE_EXIT_S
-        loop, die = asyncio.get_running_loop(), _weakly(self._die)
-        self._losing = self._losing or loop.call_later(patience_s, die, cause)
-
-    def _on_core_exit(self, error: EngineStartError) -> None:
-        if self._state is EngineState.STARTING and self._connection is not None:
-            self._connection.refuse(error)
-        else:
-            self._die(str(error))
-
-    def _die(self, cause: str) -> None:
-        if self._state is EngineState.STARTING and self._connection is not None:
-            self._connection.refuse(EngineStartError(cause))
-        if self._state is not EngineState.SERVING:
-            return
-        self._advance(EngineEvent.DIE)
-        self._dead_error = EngineDeadError(cause)
-        logger.error("the engine core is gone: %s", cause)
-        self._client.fail_all(self._dead_error)
-        self._release()
-
-
-def _retrieve_error(task: "asyncio.Task[None]") -> None:
-    """Whoever waits for a start is told how it ended; that nobody waits is nothing to log."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _weakly(method: Callable[[T], None]) -> Callable[[T], None]:
-    """A callback that does not keep the method's object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(argument: T) -> None:
-        if (target := reference()) is not None:
-            target(argument)
-
-    return call
-
-
-def _release_later(
-    loop: asyncio.AbstractEventLoop, connection: Connection, process: CoreProcess | None
-) -> None:
-    """Clean up behind an engine that was dropped without shutdown, maybe by another thread."""
-    if process is not None:
-        process.stop()
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(connection.close)
+        return (await self._session.call(ResetPrefixCache)).ok

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from footplate.frontend import LLM, AsyncLLMEngine, EngineArgs, SamplingParams, async_llm_engine
+from footplate.frontend import LLM, AsyncLLMEngine, EngineArgs, SamplingParams, session
 from footplate.protocol.errors import EngineClosedError
 
 forgotten: LLM
@@ -90,7 +90,7 @@ def main(what: str, where: str) -> None:
     def make_private_dir() -> Path:
         return Path(tempfile.mkdtemp(dir=where))
 
-    async_llm_engine.make_private_dir = make_private_dir  # type: ignore[attr-defined]
+    session.make_private_dir = make_private_dir  # type: ignore[attr-defined]
     match what:
         case "attached":
             asyncio.run(attached(where))

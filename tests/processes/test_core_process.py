@@ -226,14 +226,14 @@ async def test_a_killed_core_leaves_no_file_and_no_trace_in_the_next_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience_s = 0.2
-    monkeypatch.setattr("footplate.frontend.async_llm_engine.OWN_CORE_EXIT_S", patience_s)
+    monkeypatch.setattr("footplate.frontend.session.OWN_CORE_EXIT_S", patience_s)
     private = folder / "private"
 
     def make_private_dir() -> Path:
         private.mkdir(mode=0o700)
         return private
 
-    monkeypatch.setattr("footplate.frontend.async_llm_engine.make_private_dir", make_private_dir)
+    monkeypatch.setattr("footplate.frontend.session.make_private_dir", make_private_dir)
     engine = AsyncLLMEngine(EngineArgs(model="fake"))
     await engine.start()
     assert files_in(folder) != []
