@@ -68,12 +68,10 @@ async def measure_idle(engine: AsyncLLMEngine, seconds: float) -> None:
     core = engine.process_id
     assert core is not None
     await engine.get_stats()
-    before = cpu_seconds("self"), cpu_seconds(core)
+    client_before, core_before = cpu_seconds("self"), cpu_seconds(core)
     await asyncio.sleep(seconds)
-    client_ms, core_ms = (
-        1e3 * (cpu_seconds(process) - spent)
-        for process, spent in zip(("self", core), before, strict=True)
-    )
+    client_ms = 1e3 * (cpu_seconds("self") - client_before)
+    core_ms = 1e3 * (cpu_seconds(core) - core_before)
     print(f"idle for {seconds:g} s: client {client_ms:.0f} ms of CPU, core {core_ms:.0f} ms")
 
 
