@@ -95,7 +95,7 @@ class Conversation:
             self.case.softcap,
             self.sinks,
         )
-        return list(out.split([b - a for a, b in spans.values()]))
+        return list(torch.split(out, [b - a for a, b in spans.values()]))
 
     def in_chunks(self, kernels: Kernels, sizes: list[int]) -> list[torch.Tensor]:
         """All tokens of all sequences; chunk i of each sequence is at most sizes[i] long."""

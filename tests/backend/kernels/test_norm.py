@@ -79,7 +79,9 @@ def test_rope_and_cache_is_the_chain_of_its_parts(
     query_norm, key_norm = norms if with_norms else (None, None)
     q, k, v = (
         part.unflatten(1, (-1, size)).clone()
-        for part, size in zip(qkv.split(sizes, 1), (key_size, key_size, value_size), strict=True)
+        for part, size in zip(
+            torch.split(qkv, sizes, 1), (key_size, key_size, value_size), strict=True
+        )
     )
     if query_norm and key_norm:
         q, k = kernels.rms_norm(q, query_norm), kernels.rms_norm(k, key_norm)
