@@ -78,7 +78,7 @@ def test_rope_and_cache_is_the_chain_of_its_parts(
     norms = [NormWeight(torch.randn(key_size).to(dtype), 1e-6) for _ in range(2)]
     query_norm, key_norm = norms if with_norms else (None, None)
     q, k, v = (
-        part.unflatten(1, (-1, size)).clone()
+        part.reshape(len(part), -1, size).clone()
         for part, size in zip(
             torch.split(qkv, sizes, 1), (key_size, key_size, value_size), strict=True
         )
