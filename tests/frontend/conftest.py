@@ -46,7 +46,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def core_address(tokenizer_folder: Path) -> Iterator[str]:
     """A core with the fake model, for all tests that need nothing special; one at a time."""
-    with running_core(EngineArgs(model="fake", tokenizer=str(tokenizer_folder))) as address:
+    with running_core(
+        EngineArgs(model="fake", tokenizer=str(tokenizer_folder), max_model_len=1_000_000)
+    ) as address:
         yield address
 
 

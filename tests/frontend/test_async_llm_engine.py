@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,8 +40,8 @@ from .fake_model import NUM_SPECIAL, VOCAB_SIZE, expected_token_ids
 T = TypeVar("T")
 PROMPT = [20, 21, 22]
 PATIENCE_S = 10.0
-FOREVER = 30_000  # tokens: a request that does not end before the test does
-FAKE = EngineArgs(model="fake")
+FOREVER = 500_000  # tokens, about ten seconds: longer than any pause of the test
+FAKE = EngineArgs(model="fake", max_model_len=1_000_000)
 
 pytestmark = pytest.mark.usefixtures("nothing_is_lost")
 
@@ -569,7 +570,7 @@ async def test_the_prefix_cache_is_not_reset_under_a_running_request(
 
 
 async def test_lower_priorities_run_first() -> None:
-    one_at_a_time = EngineArgs(model="fake", max_num_seqs=1, scheduling_policy="priority")
+    one_at_a_time = replace(FAKE, max_num_seqs=1, scheduling_policy="priority")
     async with AsyncLLMEngine(one_at_a_time) as engine:
         running = await engine.add_request("running", PROMPT, tokens(max_tokens=FOREVER))
         await anext(running)
@@ -864,9 +865,7 @@ def test_it_runs_under_either_event_loop(
     new_event_loop: Callable[[], asyncio.AbstractEventLoop], tokenizer_folder: Path
 ) -> None:
     async def use() -> None:
-        async with AsyncLLMEngine(
-            EngineArgs(model="fake", tokenizer=str(tokenizer_folder))
-        ) as engine:
+        async with AsyncLLMEngine(replace(FAKE, tokenizer=str(tokenizer_folder))) as engine:
             outputs = await asyncio.gather(
                 *(last_of(engine.generate("Hi", SamplingParams(seed=1))) for _ in range(50))
             )

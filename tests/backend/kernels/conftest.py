@@ -1,12 +1,15 @@
 """Kernels of every instruction set that this CPU can run, each compiled with its own flags."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from footplate.backend.kernels import Kernels, load
-from footplate.backend.kernels.build import InstructionSet, usable_instruction_sets
+from footplate.backend.kernels.build import PLAIN, InstructionSet, usable_instruction_sets
+
+ALL = [*usable_instruction_sets(), PLAIN]
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +22,7 @@ def kernel_folder(pytestconfig: pytest.Config) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=usable_instruction_sets(), ids=lambda isa: isa.name)
+@pytest.fixture(scope="session", params=ALL, ids=lambda isa: isa.name)
 def kernels(request: pytest.FixtureRequest, kernel_folder: Path) -> Kernels:
     """The kernels of one instruction set."""
     instruction_set: InstructionSet = request.param
@@ -33,3 +36,11 @@ def kernels(request: pytest.FixtureRequest, kernel_folder: Path) -> Kernels:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

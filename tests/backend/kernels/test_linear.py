@@ -1,7 +1,7 @@
 """Packed linear layers against the same product in double precision, and against themselves."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,13 +20,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 def weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(n, k) / math.sqrt(k)).to(dtype)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
