@@ -184,13 +184,26 @@ class Scheduler:
         It is admitted before the budget is dealt out by rank, or the long prompt of a worse
         request would keep it waiting to its end.
         """
-        while (
-            (urgent := self._peek_waiting())
-            and self._running
-            and self._running[-1].priority > urgent.priority
-        ):
+        while (urgent := self._peek_waiting()) and self._worse_than(urgent):
             if not self._try_admit(urgent, now):
+                if not self._would_fit_instead_of_worse(urgent):
+                    return
                 self._preempt(self._running.pop())
+
+    def _worse_than(self, request: Request) -> bool:
+        return bool(self._running) and self._running[-1].priority > request.priority
+
+    def _would_fit_instead_of_worse(self, request: Request) -> bool:
+        """Whether it helps to displace: what better requests hold may still be in the way."""
+        held = {
+            block
+            for better in self._running
+            if better.priority <= request.priority
+            for block in better.block_ids
+        }
+        shared = sum(block in held for block in self._find_cached_prefix(request))
+        missing = self._num_blocks_for(len(request.token_ids)) - shared
+        return missing <= self._pool.num_blocks - len(held)
 
     def _try_admit(self, request: Request, now: float) -> bool:
         """Admit the first of the waiting, if there is a slot and there are blocks."""

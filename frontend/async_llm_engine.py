@@ -24,7 +24,6 @@ from footplate.frontend.session import ProgressCallback, Session
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.text import StopStrings, Tokenizer, load_tokenizer
 from footplate.protocol.errors import (
-    EngineClosedError,
     EngineDeadError,
     EngineError,
     InvalidRequestError,
@@ -183,11 +182,8 @@ class AsyncLLMEngine:
 
     @property
     def process_id(self) -> int | None:
-        """The engine core's pid; None until it is ready."""
-        try:
-            return self._session.welcome.process_id
-        except EngineClosedError:
-            return None
+        """The engine core's pid; None until it was ready for the first time."""
+        return self._session.process_id
 
     @property
     def start_phases(self) -> dict[str, float]:
@@ -234,18 +230,41 @@ class AsyncLLMEngine:
         *,
         priority: int = 0,
     ) -> RequestStream:
-        """Start one request and return its stream, which the caller iterates or closes. For
-        arguments and errors see `generate`."""
+        """Start one request and return its stream, which the caller iterates to its end or closes:
+        a stream that is only dropped runs on. For arguments and errors see `generate`."""
         await self._session.ensure_started()
-        request_id = request_id or uuid.uuid4().hex
-        params = params or SamplingParams()
-        self._client.require_unused(request_id)
-        self._check_priority(priority)
-        metrics = RequestMetrics(time.time(), time.monotonic())
-        parsed = parse_prompt(prompt)
-        text, token_ids = await self._token_ids_of(parsed)
-        max_tokens = resolve_max_tokens(token_ids, params, self._session.welcome.model)
-        seed = params.seed if params.seed is not None else self._random.getrandbits(63)
+        params = SamplingParams() if params is None else params
+        self._check_arguments(request_id, params, priority)
+        stream = RequestStream(
+            uuid.uuid4().hex if request_id is None else request_id,
+            self._client.new_handle(),
+            params,
+            self._random.getrandbits(63) if params.seed is None else params.seed,
+            RequestMetrics(time.time(), time.monotonic()),
+            self._abandon,
+        )
+        # Opened before the prompt is encoded: from here on the id is taken, and can be aborted.
+        self._client.open(stream)
+        try:
+            message = await self._prepare(stream, parse_prompt(prompt), priority)
+            if not stream.is_finished:
+                self._session.send(message)
+        except BaseException:
+            self._client.discard(stream)
+            raise
+        try:
+            await self._session.has_room()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def _prepare(
+        self, stream: RequestStream, prompt: ParsedPrompt, priority: int
+    ) -> AddRequest:
+        params, model = stream.params, self._session.welcome.model
+        text, token_ids = await self._token_ids_of(prompt)
+        max_tokens = resolve_max_tokens(token_ids, params, model)
         detokenizer = None
         if params.detokenize:
             detokenizer = (await self.get_tokenizer()).detokenizer(
@@ -254,40 +273,25 @@ class AsyncLLMEngine:
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
         stops = params.stop_strings
-        stream = RequestStream(
-            request_id,
-            self._client.new_handle(),
+        stream.begin(
             text,
             token_ids,
-            params,
-            seed,
-            metrics,
             detokenizer,
             StopStrings(stops, params.include_stop_str_in_output) if stops else None,
-            self._abandon,
         )
         token_params = TokenParams.resolve(
-            params,
-            seed=seed,
-            max_tokens=max_tokens,
-            eos_token_ids=self._session.welcome.model.eos_token_ids,
+            params, seed=stream.seed, max_tokens=max_tokens, eos_token_ids=model.eos_token_ids
         )
-        await self._submit(
-            stream,
-            AddRequest(stream.handle, token_ids, token_params, priority, parsed.cache_salt),
-        )
-        return stream
+        return AddRequest(stream.handle, token_ids, token_params, priority, prompt.cache_salt)
 
-    async def _submit(self, stream: RequestStream, message: AddRequest) -> None:
-        self._client.require_unused(stream.request_id)
-        # First of all: what is too large, or too late, leaves no trace.
-        self._session.send(message)
-        self._client.open(stream)
-        try:
-            await self._session.has_room()
-        except BaseException:
-            stream.close()
-            raise
+    def _check_arguments(self, request_id: object, params: object, priority: int) -> None:
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise InvalidRequestError(f"request_id must be a non-empty string, got {request_id!r}")
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(
+                f"sampling params must be SamplingParams, got {type(params).__name__}"
+            )
+        self._check_priority(priority)
 
     def _check_priority(self, priority: int) -> None:
         if priority and self._session.welcome.limits.policy != "priority":

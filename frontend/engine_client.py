@@ -43,6 +43,11 @@ class EngineClient:
         self._by_request_id[stream.request_id] = stream
         self._by_handle[stream.handle] = stream
 
+    def discard(self, stream: RequestStream) -> None:
+        """Take back `open`: its request has never been sent."""
+        if self._by_handle.get(stream.handle) is stream:
+            self._forget(stream)
+
     def handle(self, outputs: StepOutputs, now: float) -> list[int]:
         """Give every stream what is new for it, received at `now` (monotonic seconds).
 

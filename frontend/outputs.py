@@ -2,8 +2,6 @@
 
 import msgspec
 
-from footplate.protocol.messages import FinishReason
-
 
 class RequestMetrics(msgspec.Struct):
     """When things happened to a request; one object per request, filled in as it goes.
@@ -70,11 +68,3 @@ class RequestOutput(msgspec.Struct, gc=False):
     seed: int
     metrics: RequestMetrics
     num_cached_tokens: int | None = None
-
-
-def reason_name(reason: FinishReason) -> str:
-    """The field's word for a finish reason: stop, length, abort, error."""
-    return _REASON_NAMES[reason]
-
-
-_REASON_NAMES = {reason: str(reason) for reason in FinishReason}

@@ -9,10 +9,11 @@ from footplate.protocol.messages import ModelFacts
 from footplate.protocol.params import SamplingParams
 
 Prompt: TypeAlias = str | Mapping[str, Any] | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text; token ids; chat messages; or a mapping with `prompt` or `prompt_token_ids`, and
-optionally `cache_salt`."""
+"""Text; token ids; chat messages; or a mapping with one of `prompt`, `prompt_token_ids` and
+`messages`, and optionally `cache_salt`. Empty text is a prompt if the tokenizer adds a
+beginning-of-sequence token to it."""
 
-_MAPPING_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
+_KINDS = ("prompt", "prompt_token_ids", "messages")
 
 
 class ParsedPrompt(NamedTuple):
@@ -45,15 +46,17 @@ def parse_prompt(prompt: Prompt) -> ParsedPrompt:
 
 
 def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
-    unknown = set(prompt) - _MAPPING_KEYS
-    if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+    kinds = [kind for kind in _KINDS if kind in prompt]
+    if len(kinds) != 1 or set(prompt) - {*kinds, "cache_salt"}:
         raise InvalidRequestError(
-            "a prompt mapping has either 'prompt' or 'prompt_token_ids', and optionally "
-            f"'cache_salt'; got {sorted(map(str, prompt))}"
+            "a prompt mapping has one of 'prompt', 'prompt_token_ids' and 'messages', and "
+            f"optionally 'cache_salt'; got {sorted(map(str, prompt))}"
         )
     salt = prompt.get("cache_salt") or ""
-    if not isinstance(salt, str):
-        raise InvalidRequestError(f"cache_salt must be a string, got {type(salt).__name__}")
+    if not isinstance(salt, str) or not salt.isprintable():
+        raise InvalidRequestError(f"cache_salt must be a string of printable characters: {salt!r}")
+    if "messages" in prompt:
+        return ParsedPrompt(messages=prompt["messages"], cache_salt=salt)
     if "prompt_token_ids" in prompt:
         return ParsedPrompt(token_ids=_as_token_ids(prompt["prompt_token_ids"]), cache_salt=salt)
     if not isinstance(prompt["prompt"], str):

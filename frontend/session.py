@@ -42,6 +42,12 @@ logger = logging.getLogger(__name__)
 
 OWN_CORE_EXIT_S = 1.0
 
+_WHY_CLOSED = {
+    EngineState.NEW: "the engine has not been started: await start()",
+    EngineState.STARTING: "the engine is still starting: await start()",
+    EngineState.STOPPED: "the engine was shut down",
+}
+
 T = TypeVar("T")
 ProgressCallback = Callable[[str, float], None]
 
@@ -94,6 +100,11 @@ class Session:
         if self._welcome is None:
             raise EngineClosedError("the engine has not been started")
         return self._welcome
+
+    @property
+    def process_id(self) -> int | None:
+        """The core's pid; None until it was ready for the first time."""
+        return None if self._welcome is None else self._welcome.process_id
 
     # ---- life
 
@@ -212,7 +223,7 @@ class Session:
         if self.dead_error is not None:
             raise self.dead_error
         if self.state is not EngineState.SERVING:
-            raise EngineClosedError(f"the engine is {self.state.name.lower()}")
+            raise EngineClosedError(_WHY_CLOSED[self.state])
 
     # ---- what goes to the core
 

@@ -8,7 +8,6 @@ from footplate.frontend.outputs import (
     CompletionOutput,
     RequestMetrics,
     RequestOutput,
-    reason_name,
 )
 from footplate.protocol.errors import FootplateError, RequestFailedError
 from footplate.protocol.messages import Finished, FinishReason, Started
@@ -57,31 +56,27 @@ class RequestStream:
         self,
         request_id: str,
         handle: int,
-        prompt: str | None,
-        prompt_token_ids: list[int],
         params: SamplingParams,
         seed: int,
         metrics: RequestMetrics,
-        detokenizer: "Detokenizer | None",
-        stops: "StopStrings | None",
         on_abandoned: Callable[["RequestStream"], None],
     ) -> None:
-        """Args:
-        detokenizer: None for a stream of token ids alone.
-        stops: None without stop strings.
-        on_abandoned: called when the consumer closes the stream before its end.
+        """Open a stream; `begin` says what it is about.
+
+        Args:
+            on_abandoned: called when the consumer closes the stream before its end.
         """
         self.request_id = request_id
         self.handle = handle
-        self.prompt = prompt
-        self.prompt_token_ids = prompt_token_ids
+        self.prompt: str | None = None
+        self.prompt_token_ids: list[int] = []
         self.params = params
         self.seed = seed
         self.metrics = metrics
         self.num_cached_tokens: int | None = None
         self._kind = params.output_kind
-        self._detokenizer = detokenizer
-        self._stops = stops
+        self._detokenizer: Detokenizer | None = None
+        self._stops: StopStrings | None = None
         self._on_abandoned = on_abandoned
         self._token_ids: list[int] = []
         self._num_detokenized = 0
@@ -93,6 +88,25 @@ class RequestStream:
         self._error: FootplateError | None = None
         self._final_taken = False
         self._waiter: asyncio.Future[None] | None = None
+
+    def begin(
+        self,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        detokenizer: "Detokenizer | None",
+        stops: "StopStrings | None",
+    ) -> None:
+        """Set what encoding the prompt has brought. The stream may have been aborted meanwhile.
+
+        Args:
+            prompt: None if it was given as token ids.
+            detokenizer: None for a stream of token ids alone.
+            stops: None without stop strings.
+        """
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self._detokenizer = detokenizer
+        self._stops = stops
 
     # ---- pushed by the engine client
 
@@ -132,7 +146,9 @@ class RequestStream:
     def finish(self, finished: Finished) -> None:
         """The core's last word on this request."""
         if finished.reason is FinishReason.ERROR:
-            self.fail(RequestFailedError(f"request {self.request_id!r}: {finished.message}"))
+            self._error = RequestFailedError(f"request {self.request_id!r}: {finished.message}")
+            self._finish_reason = FinishReason.ERROR  # one last output, then the error
+            self._wake()
             return
         own_stops = self.params.stop_token_ids or ()
         if finished.reason is FinishReason.STOP and self._token_ids[-1] in own_stops:
@@ -155,10 +171,8 @@ class RequestStream:
             self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None:
-            if not self._waiter.done():
-                self._waiter.set_result(None)
-            self._waiter = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     # ---- text
 
@@ -213,8 +227,13 @@ class RequestStream:
                 raise self._error
             if self._final_taken:
                 raise StopAsyncIteration
+            if self._waiter is not None:
+                raise RuntimeError("two consumers wait for one stream: it has one output for one")
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     def _has_output(self) -> bool:
         if self._final_taken:
@@ -243,7 +262,7 @@ class RequestStream:
             0,
             text,
             token_ids,
-            None if finish_reason is None else reason_name(finish_reason),
+            None if finish_reason is None else str(finish_reason),
             self._stop_reason,
         )
         return RequestOutput(

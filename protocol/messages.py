@@ -30,7 +30,10 @@ class FinishReason(IntEnum):
     ERROR = 3  # this request failed; `Finished.message` says why
 
     def __str__(self) -> str:
-        return self.name.lower()
+        return _REASON_NAMES[self]
+
+
+_REASON_NAMES = {reason: reason.name.lower() for reason in FinishReason}
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -155,7 +158,8 @@ class Refused(Message, tag="refused", frozen=True):
     """The core will not serve this client, or could not start.
 
     Attributes:
-        kind: "protocol" (versions differ), "start" (start-up failed) or "hello" (malformed).
+        kind: "protocol" (versions differ), "start" (start-up failed), "address" (another process
+            holds it), "hello" (malformed) or "dismissed" (too much was left unread).
     """
 
     kind: str

@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 # rounds each result to 2e-3, and a layer has several roundings behind one another.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
-# How families round an RMSNorm: (offset of the weight, rounding before the weight).
-NORM_FAMILIES = ((0.0, True), (1.0, False), (0.0, False))
-
 
 # What one rounding does to a sum, relative to it.
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}

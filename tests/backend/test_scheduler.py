@@ -282,6 +282,19 @@ def test_a_displaced_request_resumes_with_the_tokens_it_had() -> None:
     assert displaced.token_ids[4:] == [1004, 1005, 1006, 1007, 1008]
 
 
+def test_nobody_is_displaced_for_an_urgent_request_that_would_not_fit_all_the_same() -> None:
+    bench = Bench(num_blocks=10, policy="priority", caching=False)
+    best, worst = bench.add(21, priority=0), bench.add(5, priority=5)
+    bench.step()
+    urgent = bench.add(18, priority=1)  # five blocks; the best holds six of ten
+    bench.step()
+    assert (worst.state, urgent.state) == (State.RUNNING, State.WAITING)
+    assert bench.scheduler.num_preemptions == 0
+    bench.abort(best)
+    bench.step()
+    assert urgent.state is State.RUNNING
+
+
 @pytest.mark.parametrize("priority", [5, 6])
 def test_equal_and_worse_priorities_displace_nobody(priority: int) -> None:
     bench = Bench(max_num_seqs=1, policy="priority")

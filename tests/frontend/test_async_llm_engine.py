@@ -369,6 +369,35 @@ async def test_a_request_may_be_aborted_before_its_first_token(engine: AsyncLLME
     assert await is_idle(engine)
 
 
+async def test_an_abort_that_comes_while_the_prompt_is_encoded_is_not_lost(
+    engine: AsyncLLMEngine,
+) -> None:
+    before = await engine.get_stats()
+    long = tokens(max_tokens=FOREVER)
+    adding = asyncio.create_task(engine.add_request("a", "word " * 5_000, long))
+    await asyncio.sleep(0)
+    with pytest.raises(DuplicateRequestError):
+        await engine.add_request("a", PROMPT, tokens())
+    await engine.abort("a")
+    (only,) = [output async for output in await adding]
+    assert only.outputs[0].finish_reason == "abort"
+    assert (await engine.get_stats()).num_prompt_tokens == before.num_prompt_tokens
+
+
+@pytest.mark.parametrize("illegal", [5, "", b"a"])
+async def test_a_request_id_that_is_no_string_is_refused(
+    engine: AsyncLLMEngine, illegal: Any
+) -> None:
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        await engine.add_request(illegal, PROMPT, tokens())
+
+
+async def test_params_that_are_no_sampling_params_are_refused(engine: AsyncLLMEngine) -> None:
+    params: Any = {"max_tokens": 3}
+    with pytest.raises(InvalidRequestError, match="SamplingParams, got dict"):
+        await engine.add_request(None, PROMPT, params)
+
+
 async def break_out(generator: AsyncGenerator[RequestOutput, None]) -> None:
     async for _ in generator:
         break
@@ -648,7 +677,7 @@ def state_of(engine: AsyncLLMEngine) -> tuple[bool, bool, bool]:
 async def test_an_engine_tells_where_it_is_in_its_life() -> None:
     engine = AsyncLLMEngine(FAKE)
     assert state_of(engine) == (False, False, False)
-    with pytest.raises(EngineClosedError, match="new"):
+    with pytest.raises(EngineClosedError, match="not been started"):
         await engine.check_health()
     starting = asyncio.create_task(engine.start())
     await asyncio.sleep(0)
@@ -661,7 +690,7 @@ async def test_an_engine_tells_where_it_is_in_its_life() -> None:
     await engine.check_health()
     engine.shutdown()
     assert state_of(engine) == (False, True, False)
-    with pytest.raises(EngineClosedError, match="stopped"):
+    with pytest.raises(EngineClosedError, match="shut down"):
         await engine.check_health()
 
 

@@ -26,15 +26,12 @@ def open_stream(client: EngineClient, request_id: str, stop: tuple[str, ...] = (
     stream = RequestStream(
         request_id,
         client.new_handle(),
-        None,
-        [1],
         SamplingParams(stop=stop),
         0,
         RequestMetrics(0.0, 0.0),
-        Letters(),
-        StopStrings(stop) if stop else None,
         lambda stream: None,
     )
+    stream.begin(None, [1], Letters(), StopStrings(stop) if stop else None)
     client.open(stream)
     return stream
 

@@ -49,13 +49,14 @@ def test_the_kinds_of_prompt_are_told_apart(prompt: Any, parsed: ParsedPrompt) -
         ([True], "integers"),
         ([[1]], "integers"),
         (["text"], "integers"),
-        ({}, "either"),
-        ({"prompt": "text", "prompt_token_ids": [1]}, "either"),
+        ({}, "one of"),
+        ({"prompt": "text", "prompt_token_ids": [1]}, "one of"),
         ({"prompt": "text", "promt": "text"}, "promt"),
         ({"prompt": [1]}, "'prompt' must be a string, got list"),
         ({"prompt_token_ids": "text"}, "integers"),
         ({"prompt_token_ids": 5}, "integers"),
-        ({"prompt": "text", "cache_salt": 5}, "cache_salt must be a string, got int"),
+        ({"prompt": "text", "cache_salt": 5}, "cache_salt must be a string"),
+        ({"prompt": "text", "cache_salt": "\ud800"}, "cache_salt must be a string"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_the_reason(prompt: Any, words: str) -> None:

@@ -38,16 +38,13 @@ class Consumer:
         given = SamplingParams(**params)
         stops = given.stop_strings
         self.stream = RequestStream(
-            "r1",
-            7,
+            "r1", 7, given, 5, RequestMetrics(1.0, 2.0), self.abandoned.append
+        )
+        self.stream.begin(
             "prompt",
             [1, 2],
-            given,
-            5,
-            RequestMetrics(1.0, 2.0),
             Characters() if given.detokenize else None,
             StopStrings(stops, given.include_stop_str_in_output) if stops else None,
-            self.abandoned.append,
         )
 
     def push(self, text: str, now: float = 3.0) -> bool:
@@ -239,9 +236,22 @@ async def test_a_final_only_stream_that_fails_shows_no_half_of_its_output() -> N
 
 async def test_a_request_that_the_core_could_not_finish_raises_and_names_itself() -> None:
     consumer = Consumer()
+    consumer.push("ab")
     consumer.finish(FinishReason.ERROR, "NaN logits")
+    last = await consumer.take()
+    assert (last.token_ids, last.finish_reason) == (ids("ab"), "error")
     with pytest.raises(RequestFailedError, match="'r1': NaN logits"):
         await consumer.take()
+
+
+async def test_a_second_consumer_is_refused_while_the_first_one_waits() -> None:
+    consumer = Consumer()
+    first = asyncio.create_task(anext(consumer.stream))
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="two consumers"):
+        await anext(consumer.stream)
+    consumer.push("a")
+    assert (await first).outputs[0].text == "a"
 
 
 async def test_a_stop_token_is_the_stop_reason_and_an_end_of_sequence_token_is_not() -> None:
