@@ -39,8 +39,9 @@ def launch(
     Parameters
     ----------
     address:
-        Where clients find it: ipc:///absolute/path or tcp://127.0.0.1:port. If not given, a
-        socket in this user's run-time folder, where clients look by default.
+        Where clients find it: ipc:///absolute/path or tcp://127.0.0.1:port. If not given,
+        footplate/engine.sock in $XDG_RUNTIME_DIR, else /tmp/footplate-UID/engine.sock, where
+        clients look by default.
     """
     return asyncio.run(_Launcher(args, address or default_address()).run())
 

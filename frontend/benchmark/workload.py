@@ -54,6 +54,13 @@ class Workload:
     burstiness: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "request_rate", "burstiness"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+        if self.prefix_len < 0:
+            raise ValueError(f"prefix_len={self.prefix_len}: must be at least 0")
+
     @property
     def max_len(self) -> int:
         """Longest prompt and output together."""

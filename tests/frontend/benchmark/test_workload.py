@@ -5,6 +5,7 @@ import math
 import random
 import statistics
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -109,3 +110,15 @@ def test_burstiness_shapes_the_gaps() -> None:
 def test_one_request_arrives_at_once_whatever_the_rate() -> None:
     assert arrival_times(1, 0.001, 1.0, random.Random(0)) == [0.0]
     assert arrival_times(0, math.inf, 1.0, random.Random(0)) == []
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"num_prompts": 0}, {"request_rate": 0.0}, {"request_rate": -1.0}, {"burstiness": 0.0}],
+    ids=str,
+)
+def test_work_that_cannot_be_is_refused_by_name(field: dict[str, float]) -> None:
+    (name,) = field
+    options: dict[str, Any] = {"num_prompts": 1, **field}
+    with pytest.raises(ValueError, match=f"{name}=.*must be above 0"):
+        Workload(input_len=LengthRange(1, 1), output_len=LengthRange(1, 1), **options)
