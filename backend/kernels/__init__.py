@@ -11,6 +11,7 @@ from footplate.backend.kernels.ops import (
     NormWeight,
     PackedGatedMLP,
     PackedLinear,
+    Quantization,
     StepTables,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "NormWeight",
     "PackedGatedMLP",
     "PackedLinear",
+    "Quantization",
     "StepTables",
     "cache_folder",
     "load",

@@ -22,9 +22,9 @@ constexpr int block_keys = 256;
 
 // Rows (tokens x heads that share a key head) of one tile of queries. Keys and values of a block
 // are read once for all of them.
-constexpr int query_rows = 24;
+constexpr int query_rows = 48;
 
-// Memory of one thread for one tile of queries, sized once and kept.
+// Memory of one thread for one tile of queries, allocated once and kept.
 struct AttentionScratch {
   std::vector<word> queries;        // [rows][key_words]
   std::vector<float> scores;        // [rows][block_keys]
@@ -33,13 +33,20 @@ struct AttentionScratch {
   std::vector<float> weights;       // [rows][16], sums of probabilities per lane
   std::vector<float> tops;          // [rows], the largest score so far
 
-  void resize(int rows, int key_words, int value_columns, int block_words) {
-    queries.assign(static_cast<size_t>(rows) * key_words, 0);
-    scores.resize(static_cast<size_t>(rows) * block_keys);
-    probabilities.resize(static_cast<size_t>(rows) * block_words);
-    results.assign(static_cast<size_t>(rows) * value_columns, 0.0f);
-    weights.assign(static_cast<size_t>(rows) * simd::lanes, 0.0f);
+  void reset(size_t rows, size_t key_words, size_t value_columns, size_t block_words) {
+    zero(queries, rows * key_words);
+    zero(results, rows * value_columns);
+    zero(weights, rows * simd::lanes);
+    scores.resize(std::max(scores.size(), rows * block_keys));
+    probabilities.resize(std::max(probabilities.size(), rows * block_words));
     tops.assign(rows, -simd::infinity);
+  }
+
+ private:
+  template <class T>
+  static void zero(std::vector<T>& v, size_t count) {
+    v.resize(std::max(v.size(), count));
+    std::memset(v.data(), 0, count * sizeof(T));
   }
 };
 
@@ -56,15 +63,16 @@ struct QueryTile {
   const int32_t* block_table;
   int pages_per_block;
   int kv_head;
-  int heads;      // per key head; row r is token r / heads, head r % heads
+  int heads;     // per key head; row r is token r / heads, head r % heads
   int rows;
-  int position;   // of the first token
+  int position;  // of the first token
+
+  // The pages of a block of keys.
+  int num_pages = 0;
+  const word* key_pages[block_keys / page_tokens + panel_groups];
+  const word* value_pages[block_keys / page_tokens];
 
   int position_of(int row) const { return position + row / heads; }
-  int64_t page_id(int page) const {
-    return static_cast<int64_t>(block_table[page / pages_per_block]) * pages_per_block +
-           page % pages_per_block;
-  }
 
   void attend() {
     int end = position_of(rows - 1) + 1;
@@ -72,53 +80,66 @@ struct QueryTile {
     for (int block = first / block_keys * block_keys; block < end; block += block_keys) {
       int first_page = std::max(first, block) / page_tokens;
       int last_page = (std::min(end, block + block_keys) + page_tokens - 1) / page_tokens;
-      compute_scores(first_page, last_page);
-      compute_probabilities(last_page - first_page);
-      add_values(first_page, last_page);
+      look_up_pages(first_page, last_page);
+      compute_scores(first_page * page_tokens);
+      compute_probabilities();
+      add_values();
     }
   }
 
+  void look_up_pages(int first_page, int last_page) {
+    num_pages = last_page - first_page;
+    for (int i = 0; i < num_pages; ++i) {
+      int page = first_page + i;
+      int64_t block = block_table[page / pages_per_block];
+      int64_t id = block * pages_per_block + page % pages_per_block;
+      key_pages[i] = pages.key_page(id, kv_head);
+      value_pages[i] = pages.value_page(id, kv_head);
+    }
+    // The last panel works on the last page several times, and nobody looks at the result.
+    for (int i = num_pages; i < num_pages + panel_groups; ++i) key_pages[i] = key_pages[i - 1];
+  }
+
   // scores[r][i] of the keys in these pages; -infinity where the query does not see the key.
-  void compute_scores(int first_page, int last_page) {
-    for (int page = first_page; page < last_page; page += panel_groups) {
-      const word* keys[panel_groups];
-      for (int j = 0; j < panel_groups; ++j)
-        keys[j] = pages.key_page(page_id(std::min(page + j, last_page - 1)), kv_head);
+  void compute_scores(int first_key) {
+    for (int page = 0; page < num_pages; page += panel_groups) {
       for (int row = 0, height; row < rows; row += height) {
         height = balanced_tile(rows - row);
         with_rows(height, [&](auto constant) __attribute__((always_inline)) {
-          multiply_keys<decltype(constant)::value>(row, page, page - first_page, keys);
+          multiply_keys<decltype(constant)::value>(row, page, first_key);
         });
       }
     }
   }
 
   template <int ROWS>
-  INLINE void multiply_keys(int row, int page, int group, const word* const* keys) {
+  INLINE void multiply_keys(int row, int first_page, int first_key) {
     using namespace simd;
     constexpr int V = tile_vectors;
     const word* queries = &scratch.queries[static_cast<size_t>(row) * pages.key_words];
-    for (int v = 0; v < panel_groups; v += V) {
+    for (int page = first_page; page < first_page + panel_groups; page += V) {
       F32 score[ROWS][V];
       UNROLL
       for (int r = 0; r < ROWS; ++r)
         UNROLL
         for (int j = 0; j < V; ++j) score[r][j] = zeros();
       NothingAhead nothing;
-      multiply_add<Words, ROWS, V>(score, queries, pages.key_words, keys + v, page_tokens,
+      multiply_add<Words, ROWS, V>(score, queries, pages.key_words, key_pages + page, page_tokens,
                                    pages.key_words, nothing);
+      int key = first_key + page * page_tokens;
       for (int r = 0; r < ROWS; ++r) {
-        float* to = &scratch.scores[static_cast<size_t>(row + r) * block_keys];
+        float* to = &scratch.scores[static_cast<size_t>(row + r) * block_keys + page * page_tokens];
+        // Of these keys, counted from the first, the row sees first <= key < last.
+        int last = position_of(row + r) + 1 - key;
+        int first = options.window > 0 ? last - options.window : 0;
+        UNROLL
         for (int j = 0; j < V; ++j) {
           F32 s = score[r][j] * broadcast(options.scale);
           if (options.softcap > 0)
             s = broadcast(options.softcap) * tanh(s / broadcast(options.softcap));
-          int key = (page + v + j) * page_tokens;
-          int last = position_of(row + r) + 1 - key;
-          int first = options.window > 0 ? last - options.window : 0;
-          if (first > 0 || last < lanes)
-            s = keep_lanes(s, first, last, broadcast(-infinity));
-          store(to + (group + v + j) * lanes, s);
+          if (first > j * lanes || last < (j + 1) * lanes)
+            s = keep_lanes(s, first - j * lanes, last - j * lanes, broadcast(-infinity));
+          store(to + j * lanes, s);
         }
       }
     }
@@ -126,7 +147,7 @@ struct QueryTile {
 
   // Scores become probabilities, up to a factor that is made good at the end: relative to the
   // largest score so far. When that grows, what was summed before shrinks.
-  void compute_probabilities(int num_pages) {
+  void compute_probabilities() {
     using namespace simd;
     for (int r = 0; r < rows; ++r) {
       const float* scores = &scratch.scores[static_cast<size_t>(r) * block_keys];
@@ -158,41 +179,41 @@ struct QueryTile {
   }
 
   // results[r] += probabilities[r] . values
-  void add_values(int first_page, int last_page) {
+  void add_values() {
     for (int column = 0; column < pages.value_columns; column += panel_columns) {
       for (int row = 0, height; row < rows; row += height) {
         height = balanced_tile(rows - row);
         with_rows(height, [&](auto constant) __attribute__((always_inline)) {
-          multiply_values<decltype(constant)::value>(row, column, first_page, last_page);
+          multiply_values<decltype(constant)::value>(row, column);
         });
       }
     }
   }
 
   template <int ROWS>
-  INLINE void multiply_values(int row, int column, int first_page, int last_page) {
+  INLINE void multiply_values(int row, int first_column) {
     using namespace simd;
     constexpr int V = tile_vectors;
     constexpr int page_words = page_tokens / values_per_word;
-    for (int v = 0; v < panel_groups && column + v * lanes < pages.value_columns; v += V) {
+    int end = std::min(first_column + panel_columns, pages.value_columns);
+    for (int column = first_column; column < end; column += V * lanes) {
       // A panel that is not full works on its last group several times.
       int columns[V];
       for (int j = 0; j < V; ++j)
-        columns[j] = std::min(column + (v + j) * lanes, pages.value_columns - lanes);
+        columns[j] = std::min(column + j * lanes, pages.value_columns - lanes);
       float* results = &scratch.results[static_cast<size_t>(row) * pages.value_columns];
+      const word* probabilities = &scratch.probabilities[row * block_words];
       F32 sum[ROWS][V];
       UNROLL
       for (int r = 0; r < ROWS; ++r)
         UNROLL
         for (int j = 0; j < V; ++j) sum[r][j] = load(results + r * pages.value_columns + columns[j]);
-      for (int page = first_page; page < last_page; ++page) {
-        const word* page_values = pages.value_page(page_id(page), kv_head);
+      for (int page = 0; page < num_pages; ++page) {
         const word* values[V];
-        for (int j = 0; j < V; ++j) values[j] = page_values + columns[j];
+        for (int j = 0; j < V; ++j) values[j] = value_pages[page] + columns[j];
         NothingAhead nothing;
-        multiply_add<Words, ROWS, V>(
-            sum, &scratch.probabilities[row * block_words + (page - first_page) * page_words],
-            block_words, values, pages.value_columns, page_words, nothing);
+        multiply_add<Words, ROWS, V>(sum, probabilities + page * page_words, block_words, values,
+                                     pages.value_columns, page_words, nothing);
       }
       UNROLL
       for (int r = 0; r < ROWS; ++r)
@@ -226,16 +247,18 @@ void paged_attention(const LayerCache& cache, const StepTables& step,
     Item item = items[index / pages.num_kv_heads];
     int kv_head = index % pages.num_kv_heads;
     int tokens_behind = step.query_starts[item.request + 1] - item.first;
+    const int32_t* table =
+        step.block_tables + static_cast<size_t>(item.request) * step.table_stride;
     QueryTile<E> tile{pages,
                       options,
                       scratch,
-                      step.block_tables + static_cast<size_t>(item.request) * step.table_stride,
+                      table,
                       step.pages_per_block,
                       kv_head,
                       heads,
                       (item.last - item.first) * heads,
                       step.context_lens[item.request] - tokens_behind};
-    scratch.resize(tile.rows, pages.key_words, pages.value_columns, QueryTile<E>::block_words);
+    scratch.reset(tile.rows, pages.key_words, pages.value_columns, QueryTile<E>::block_words);
     for (int r = 0; r < tile.rows; ++r) {
       int head = kv_head * heads + r % heads;
       std::memcpy(&scratch.queries[static_cast<size_t>(r) * pages.key_words],

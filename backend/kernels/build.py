@@ -38,7 +38,7 @@ COMMON_FLAGS = (
 
 
 class KernelBuildError(Exception):
-    """There is no usable compiler, or it failed. Its text is one line."""
+    """Kernels cannot be compiled here. Its text is one line."""
 
 
 class UnsafeFolderError(KernelBuildError):
@@ -68,7 +68,7 @@ class InstructionSet:
 
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
-# From the fastest to the one that needs nothing.
+# Fastest first.
 INSTRUCTION_SETS = (
     InstructionSet(
         "avx512_bf16",
@@ -86,8 +86,10 @@ INSTRUCTION_SETS = (
     ),
     # Every 64-bit ARM has NEON.
     InstructionSet("neon", frozenset(("asimd",)), (), {"asimddp": "-march=armv8.2-a+dotprod"}),
-    InstructionSet("plain", frozenset(), ()),
 )
+
+# Runs everywhere, and slower than torch: what the others are compared with, never chosen.
+PLAIN = InstructionSet("plain", frozenset(), ())
 
 
 @functools.cache
@@ -126,13 +128,15 @@ def load(
         folder: made when it is missing. When it cannot be used, kernels are compiled for this
             process alone.
         compiler: name or path; by default the first that is found of `COMPILERS`.
-        instruction_set: by default the fastest that this CPU can run.
+        instruction_set: by default the fastest of `INSTRUCTION_SETS` that this CPU can run.
 
     Returns:
         None, after one warning, when the kernels cannot be compiled or loaded.
     """
     try:
-        build = Build.of(compiler, instruction_set or usable_instruction_sets()[0])
+        if instruction_set is None:
+            instruction_set = _best_instruction_set()
+        build = Build.of(compiler, instruction_set)
         try:
             library = build.in_folder(folder)
         except (OSError, UnsafeFolderError) as error:
@@ -169,7 +173,7 @@ class Build:
         digest = hashlib.sha256()
         for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-        parts = (path, _version(path), *flags, *sorted(cpu_features()))
+        parts = (instruction_set.name, path, _version(path), *flags, *sorted(cpu_features()))
         digest.update("\0".join(parts).encode())
         command = (path, *flags, str(SOURCES / "kernels.cpp"))
         return cls(instruction_set.name, command, digest.hexdigest())
@@ -207,10 +211,17 @@ class Build:
             record.replace(_record_of(library))
 
 
+def _best_instruction_set() -> InstructionSet:
+    if usable := usable_instruction_sets():
+        return usable[0]
+    names = ", ".join(isa.name for isa in INSTRUCTION_SETS)
+    raise KernelBuildError(f"this CPU has none of {names}")
+
+
 def _find_compiler(compiler: str | None) -> str:
     for name in (compiler,) if compiler else COMPILERS:
         if path := shutil.which(name):
-            return os.path.realpath(path)
+            return path
     raise KernelBuildError(f"no C++ compiler ({compiler or ', '.join(COMPILERS)} not found)")
 
 

@@ -6,12 +6,14 @@
 //   words.h, simd.h    numbers, and sixteen lanes of them on any CPU
 //   tile.h             the micro-kernel
 //   linear.h           linear layers, gated ones too
+//   quantised.h        the same with weights of 8 and 4 bits
 //   norm.h             RMSNorm, rotary positions
 //   cache.h            pages of keys and values
 //   attention.h        attention over them
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
+#include "quantised.h"
 
 namespace {
 
@@ -33,32 +35,57 @@ extern "C" {
 
 const char* footplate_instruction_set() { return simd::name; }
 
-void footplate_pack(int32_t type, const void* w, int64_t stride, int n, int k, void* packed,
-                    int first_group, int run, int group_stride) {
+// Pack w[n, k], whose rows are `stride` numbers apart, into some groups of a layer.
+void footplate_pack(int32_t type, int32_t format, const void* w, int64_t stride, int n, int k,
+                    void* packed, int first_group, int run, int group_stride) {
   with_type(type, [&](auto null) {
     using E = Number<decltype(null)>;
-    pack(static_cast<const E*>(w), stride, n, k, static_cast<word*>(packed),
-         GroupOrder{first_group, run, group_stride});
+    auto pack_format = format == INT8 ? pack_int8<E> : format == INT4 ? pack_int4<E> : pack<E>;
+    pack_format(static_cast<const E*>(w), stride, n, k, static_cast<word*>(packed),
+                GroupOrder{first_group, run, group_stride});
   });
 }
 
-void footplate_unpack_rows(const LinearLayer* layer, const int64_t* ids, void* y, int count) {
+// Rows of a packed matrix, y[count, k]: what an embedding does that shares its weights with the
+// last layer. False, and nothing written, when there is no such row.
+bool footplate_unpack_rows(const LinearLayer* layer, const int64_t* ids, void* y, int count) {
+  for (int i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= layer->n) return false;
   with_type(layer->type, [&](auto null) {
     using E = Number<decltype(null)>;
-    unpack_rows(*layer, ids, static_cast<E*>(y), count);
+    auto unpack_format = layer->format == INT8   ? unpack_int8<E>
+                         : layer->format == INT4 ? unpack_int4<E>
+                                                 : unpack<E>;
+#pragma omp parallel for schedule(static) if (count > 16)
+    for (int i = 0; i < count; ++i)
+      unpack_format(layer->weights, ids[i], layer->k,
+                    static_cast<E*>(y) + static_cast<size_t>(i) * layer->k);
   });
+  return true;
 }
 
 void footplate_linear(const LinearLayer* layer, const void* x, int64_t x_stride,
-                      const void* residual, void* y, int m) {
+                      const void* residual, void* y, bool wide, int m) {
   if (m == 0) return;
   with_type(layer->type, [&](auto null) {
     using E = Number<decltype(null)>;
-    FloatProduct<E> product(static_cast<const E*>(x), x_stride, layer->k);
-    if (layer->activation == NOT_GATED)
-      linear(*layer, product, static_cast<const E*>(residual), static_cast<E*>(y), m);
-    else
-      gated(*layer, product, static_cast<E*>(y), m);
+    auto compute = [&](const auto& product) {
+      if (layer->activation == NOT_GATED)
+        linear(*layer, product, static_cast<const E*>(residual), y, wide, m);
+      else
+        gated(*layer, product, static_cast<E*>(y), m);
+    };
+    const E* rows = static_cast<const E*>(x);
+    static thread_local QuantisedRows quantised;
+    if (layer->format == INT8) {
+      quantised.quantise(rows, x_stride, m, layer->k, layer->k);
+      compute(Int8Product{quantised});
+    } else if (layer->format == INT4) {
+      quantised.quantise(rows, x_stride, m, layer->k, int4_block);
+      compute(Int4Product{quantised});
+    } else {
+      compute(FloatProduct<E>(rows, x_stride, layer->k));
+    }
   });
 }
 

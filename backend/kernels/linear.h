@@ -2,9 +2,11 @@
 //
 // Packed weights are groups of 16 columns: [num_groups][num_words][16 lanes] words, where word i
 // of a column holds its i-th few values along k. Columns are padded with zeros to whole groups,
-// k to whole words. A gated layer has two matrices; the four groups of a panel are two of the
+// k to whole words. (Quantised weights: see quantised.h.) A gated layer has two matrices; the four groups of a panel are two of the
 // gate's and the two of `up` that meet them, so that one thread has both in its hands.
 #pragma once
+
+#include <omp.h>
 
 #include "tile.h"
 #include "words.h"
@@ -15,21 +17,32 @@ struct LinearLayer {
   const void* bias;    // in the type of the activations, or null: [n], or [2][n] when gated
   int32_t n;           // outputs
   int32_t k;           // inputs
-  int32_t type;        // see `Type`
+  int32_t type;        // of activations, see `Type`
+  int32_t format;      // of weights, see `Format`
   int32_t activation;  // see `Activation`
 };
 
+enum Format : int32_t { AS_ACTIVATIONS = 0, INT8 = 1, INT4 = 2 };
 enum Activation : int32_t { NOT_GATED = 0, SILU = 1, GELU_TANH = 2 };
 
-// The panel that this thread will work on next, fetched into the second-level cache while it
-// still computes on the one before. With more than a few rows a panel is computed for longer than
-// it takes to read, and neither should wait for the other.
+// The panel that this thread will work on next, fetched while it still computes on the one before:
+// with more than a few rows a panel is computed for longer than it takes to read, and neither
+// should wait for the other. Evenly over all steps of the panel, so that memory never rests.
 struct Ahead {
-  const char* at;
+  const char* at = nullptr;
+  size_t stride = 0;  // bytes from one step to the next
+  size_t reach = 0;   // bytes fetched at a step, whole lines and no less than the stride
+
+  Ahead() = default;
+  Ahead(const word* panel, size_t num_words, size_t num_steps)
+      : at(reinterpret_cast<const char*>(panel)) {
+    stride = (num_words * sizeof(word) + num_steps - 1) / num_steps;
+    reach = (stride + 63) / 64 * 64;
+  }
 
   INLINE void step() {
-    __builtin_prefetch(at, 0, 2);
-    at += 64;
+    for (size_t line = 0; line < reach; line += 64) __builtin_prefetch(at + line);
+    at += stride;
   }
 };
 
@@ -38,6 +51,9 @@ struct Ahead {
 template <class E>
 struct FloatProduct {
   using Words = typename WordsOf<E>::Type;
+  // So few rows are computed faster than memory is read, by a CPU that reads ahead by itself;
+  // fetching more would be in its way (measured: by 6 %).
+  static constexpr int rows_read_alone = 2;
 
   const E* x;
   size_t x_stride;  // in numbers
@@ -49,6 +65,9 @@ struct FloatProduct {
     num_words = (k + values - 1) / values;
     block_words = values == 2 && k > 1024 ? 512 : 256;
   }
+
+  int num_steps() const { return num_words; }
+  size_t group_words() const { return static_cast<size_t>(num_words) * simd::lanes; }
 
   // total[r][v] = x[row + r] . weights of group v
   template <int ROWS>
@@ -92,18 +111,25 @@ template <class Product, class Finish>
 void for_each_tile(const Product& product, const word* weights, int m, int num_groups,
                    const Finish& finish) {
   int num_panels = (num_groups + panel_groups - 1) / panel_groups;
-  // Rows in blocks, so that few panels are enough for many threads.
-  int block_rows = std::min(m, 96);
+  // A panel for all rows, unless that leaves threads without work: then rows in blocks.
+  int wanted_blocks = (2 * omp_get_max_threads() + num_panels - 1) / num_panels;
+  int block_tiles = (m + wanted_blocks * simd::tile_rows - 1) / (wanted_blocks * simd::tile_rows);
+  int block_rows = block_tiles * simd::tile_rows;
   int row_blocks = (m + block_rows - 1) / block_rows;
-  size_t group_words = static_cast<size_t>(product.num_words) * simd::lanes;
+  size_t group_words = product.group_words();
   for_each_item(num_panels * row_blocks, [&](int item, int next) {
     int panel = item / row_blocks, row = item % row_blocks * block_rows;
     int last_row = std::min(m, row + block_rows);
     const word* groups[panel_groups];
     for (int j = 0; j < panel_groups; ++j)
       groups[j] = weights + std::min(panel * panel_groups + j, num_groups - 1) * group_words;
-    int next_panel = next < 0 ? panel : next / row_blocks;
-    Ahead ahead{reinterpret_cast<const char*>(weights + next_panel * panel_groups * group_words)};
+    Ahead ahead;
+    if (next >= 0 && last_row - row > Product::rows_read_alone) {
+      int num_tiles = (last_row - row + simd::tile_rows - 1) / simd::tile_rows;
+      ahead = Ahead(weights + next / row_blocks * panel_groups * group_words,
+                    panel_groups * group_words,
+                    num_tiles * product.num_steps() * (panel_groups / simd::tile_vectors));
+    }
     for (int rows; row < last_row; row += rows) {
       rows = balanced_tile(last_row - row);
       simd::F32 total[simd::tile_rows][panel_groups];
@@ -114,9 +140,11 @@ void for_each_tile(const Product& product, const word* weights, int m, int num_g
 }
 
 // y = x w^T (+ bias) (+ residual); rounded before the residual is added, where a module of its
-// own would have written its result. y may be the residual.
+// own would have written its result. y may be the residual. With `wide`, y is float whatever E
+// is, of the same rounded values: logits, which are looked at in float next.
 template <class E, class Product>
-void linear(const LinearLayer& layer, const Product& product, const E* residual, E* y, int m) {
+void linear(const LinearLayer& layer, const Product& product, const E* residual, void* y,
+            bool wide, int m) {
   using namespace simd;
   const E* bias = static_cast<const E*>(layer.bias);
   int n = layer.n;
@@ -129,7 +157,10 @@ void linear(const LinearLayer& layer, const Product& product, const E* residual,
         F32 v = total[r][j];
         if (bias) v = v + load(bias + column, count);
         if (residual) v = rounded<E>(v) + load(residual + at, count);
-        store(y + at, v, count);
+        if (wide)
+          store(static_cast<float*>(y) + at, rounded<E>(v), count);
+        else
+          store(static_cast<E*>(y) + at, v, count);
       }
     }
   };
@@ -195,19 +226,13 @@ void pack(const E* w, size_t stride, int n, int k, word* packed, GroupOrder orde
   }
 }
 
-// Row ids[i] of a packed matrix, back in one piece: y[count, k]. What an embedding does that
-// shares its weights with the last layer.
+// Row `row` of a packed matrix, back in one piece: y[k].
 template <class E>
-void unpack_rows(const LinearLayer& layer, const int64_t* ids, E* y, int count) {
+void unpack(const word* weights, int64_t row, int k, E* y) {
   using namespace simd;
   constexpr int values = sizeof(word) / sizeof(E);
-  int num_words = (layer.k + values - 1) / values;
-#pragma omp parallel for schedule(static) if (count > 16)
-  for (int row = 0; row < count; ++row) {
-    const word* from = layer.weights + ids[row] / lanes * num_words * lanes + ids[row] % lanes;
-    E* to = y + static_cast<size_t>(row) * layer.k;
-    for (int i = 0; i < num_words; ++i)
-      std::memcpy(to + i * values, from + i * lanes,
-                  std::min(values, layer.k - i * values) * sizeof(E));
-  }
+  int num_words = (k + values - 1) / values;
+  const word* from = weights + row / lanes * num_words * lanes + row % lanes;
+  for (int i = 0; i < num_words; ++i)
+    std::memcpy(y + i * values, from + i * lanes, std::min(values, k - i * values) * sizeof(E));
 }

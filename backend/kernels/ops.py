@@ -11,7 +11,7 @@ small C structures made beforehand, so that a call passes few arguments.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_bool, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Literal
 
 import torch
@@ -21,8 +21,10 @@ from footplate.backend.kernels.lazy_memory import lazily_zeroed
 PAGE_TOKENS = 16
 LANES = 16
 
-# See `Type` in words.h and `Activation` in linear.h.
+# See `Type` in words.h, `Format` and `Activation` in linear.h.
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+Quantization = Literal["int8", "int4"]
+FORMATS: dict[Quantization | None, int] = {None: 0, "int8": 1, "int4": 2}
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 
@@ -34,6 +36,7 @@ class _LinearLayer(ctypes.Structure):
         ("n", c_int32),
         ("k", c_int32),
         ("type", c_int32),
+        ("format", c_int32),
         ("activation", c_int32),
     )
 
@@ -79,17 +82,19 @@ class Kernels:
         library.footplate_instruction_set.restype = ctypes.c_char_p
         self.instruction_set: str = library.footplate_instruction_set().decode()
 
-        def function(name: str, *arguments: type) -> "ctypes._NamedFuncPointer":
+        def function(
+            name: str, *arguments: type, result: type | None = None
+        ) -> "ctypes._NamedFuncPointer":
             found = library[f"footplate_{name}"]
             found.argtypes = arguments
-            found.restype = None
+            found.restype = result
             return found
 
         self._pack = function(
-            "pack", c_int32, pointer, size, c_int, c_int, pointer, c_int, c_int, c_int
+            "pack", c_int32, c_int32, pointer, size, c_int, c_int, pointer, c_int, c_int, c_int
         )
-        self._unpack_rows = function("unpack_rows", pointer, pointer, pointer, c_int)
-        self._linear = function("linear", pointer, pointer, size, pointer, pointer, c_int)
+        self._unpack_rows = function("unpack_rows", pointer, pointer, pointer, c_int, result=c_bool)
+        self._linear = function("linear", pointer, pointer, size, pointer, pointer, c_bool, c_int)
         self._rms_norm = function(
             "rms_norm", c_int32, pointer, pointer, size, pointer, c_int, c_int
         )
@@ -227,12 +232,15 @@ class Kernels:
 class PackedLinear:
     """A linear layer, y = x w^T + bias, packed for the micro-kernel.
 
-    Keeps nothing of the tensors it is made from, except the bias.
+    Keeps nothing of the tensors it is made from.
 
     Args:
         weights: [n, k] each, float32 or bfloat16; their outputs stand behind one another, as in a
             fused projection to queries, keys and values.
         biases: [n] each, all or none.
+        quantization: "int8" keeps weights in 8 bits with one scale per output, "int4" in 4 bits
+            with one scale per output and 128 inputs. Both round activations to 8 bits, each row
+            for itself.
     """
 
     def __init__(
@@ -240,64 +248,55 @@ class PackedLinear:
         kernels: Kernels,
         weights: torch.Tensor | Sequence[torch.Tensor],
         biases: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         parts = [weights] if isinstance(weights, torch.Tensor) else list(weights)
         if any(len(part) % LANES for part in parts[:-1]):
             parts = [torch.cat(parts)]  # a group of lanes cannot belong to two matrices
-        self.n = sum(len(part) for part in parts)
-        self.k = parts[0].shape[1]
-        self.dtype = parts[0].dtype
-        self._kernels = kernels
-        self._call = kernels._linear
-        self._weights = _empty_groups(-(-self.n // LANES), self.k, self.dtype)
+        n, k, dtype = sum(len(part) for part in parts), parts[0].shape[1], parts[0].dtype
+        num_groups = -(-n // LANES)
+        packed = torch.empty(num_groups, _group_words(k, dtype, quantization), dtype=torch.int32)
         first_group = 0
         for part in parts:
-            assert part.shape[1] == self.k and part.dtype is self.dtype
-            _pack(kernels, part, self._weights, first_group, 1, 1)
+            assert part.shape[1] == k and part.dtype is dtype
+            _pack(kernels, part, packed, quantization, first_group, 1, 1)
             first_group += len(part) // LANES
-        self._bias = _joined_biases(biases, self.n, self.dtype)
-        self._layer = _layer(self._weights, self._bias, self.n, self.k, self.dtype, None)
-        self._address = ctypes.addressof(self._layer)
+        self._kernels = kernels
+        self._layer = _Layer(kernels, packed, biases, n, k, dtype, quantization)
+        self.n, self.k, self.dtype = n, k, dtype
 
     @property
     def nbytes(self) -> int:
         """Memory of the packed weights."""
-        return self._weights.nbytes
+        return self._layer.packed.nbytes
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, wide: bool = False
+    ) -> torch.Tensor:
         """[..., k] to [..., n].
 
         Args:
             residual: [..., n], contiguous, added to the rounded result.
+            wide: give the result in float32, after rounding it as ever: for logits.
         """
-        assert x.shape[-1] == self.k and x.dtype is self.dtype
-        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
-        x, stride = _rows(x)
-        if residual is not None:
-            assert residual.numel() == y.numel() and residual.is_contiguous()
-            assert residual.dtype is x.dtype
-        self._call(
-            self._address,
-            x.data_ptr(),
-            stride,
-            None if residual is None else residual.data_ptr(),
-            y.data_ptr(),
-            y.numel() // self.n,
-        )
-        return y
+        return self._layer(x, residual, wide)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, [*ids.shape, k]: an embedding that shares the weights of a last
         layer needs no copy of its own.
 
         Args:
-            ids: int64, each at least 0 and less than n.
+            ids: int64.
+
+        Raises:
+            IndexError: an id is negative, or not less than n.
         """
+        assert ids.dtype is torch.int64
         ids = ids.contiguous()
         y = torch.empty((*ids.shape, self.k), dtype=self.dtype)
-        if ids.numel():
-            assert int(ids.min()) >= 0 and int(ids.max()) < self.n
-            self._kernels._unpack_rows(self._address, ids.data_ptr(), y.data_ptr(), ids.numel())
+        layer = self._layer.address
+        if not self._kernels._unpack_rows(layer, ids.data_ptr(), y.data_ptr(), ids.numel()):
+            raise IndexError(f"a packed weight has rows 0 to {self.n - 1}")
         return y
 
 
@@ -308,6 +307,7 @@ class PackedGatedMLP:
     Args:
         gate, up: [n, k], with biases [n] or none.
         down: packed already.
+        quantization: of gate and up, as in `PackedLinear`.
     """
 
     def __init__(
@@ -319,39 +319,89 @@ class PackedGatedMLP:
         activation: Activation = "silu",
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         assert gate.shape == up.shape and gate.dtype is up.dtype is down.dtype
         assert (gate_bias is None) == (up_bias is None)
-        self.n, self.k = gate.shape
-        self.dtype = gate.dtype
-        self.down = down
-        self._call = kernels._linear
+        n, k = gate.shape
         # Panels of two groups of each matrix; zeros where a matrix has no group left.
-        panels = -(-self.n // (2 * LANES))
-        self._weights = _empty_groups(4 * panels, self.k, self.dtype).zero_()
-        _pack(kernels, gate, self._weights, 0, 2, 4)
-        _pack(kernels, up, self._weights, 2, 2, 4)
+        num_groups = 4 * -(-n // (2 * LANES))
+        packed = torch.zeros(
+            num_groups, _group_words(k, gate.dtype, quantization), dtype=torch.int32
+        )
+        _pack(kernels, gate, packed, quantization, 0, 2, 4)
+        _pack(kernels, up, packed, quantization, 2, 2, 4)
         biases = None if gate_bias is None or up_bias is None else (gate_bias, up_bias)
-        self._bias = _joined_biases(biases, 2 * self.n, self.dtype)
-        self._layer = _layer(self._weights, self._bias, self.n, self.k, self.dtype, activation)
-        self._address = ctypes.addressof(self._layer)
+        self._layer = _Layer(kernels, packed, biases, n, k, gate.dtype, quantization, activation)
+        self.hidden_size, self.k, self.dtype = n, k, gate.dtype
+        self.down = down
 
     @property
     def nbytes(self) -> int:
         """Memory of the packed weights."""
-        return self._weights.nbytes + self.down.nbytes
+        return self._layer.packed.nbytes + self.down.nbytes
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[..., k] to [..., outputs of `down`]; `residual` is added as by `PackedLinear`."""
-        return self.down(self.hidden(x), residual)
+        return self.down(self._layer(x), residual)
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """activation(gate(x)) * up(x): [..., k] to [..., n]."""
+        """activation(gate(x)) * up(x): [..., k] to [..., hidden_size]."""
+        return self._layer(x)
+
+
+class _Layer:
+    """What linear layers and gated ones share: packed weights, and one call of the kernel."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        packed: torch.Tensor,
+        biases: torch.Tensor | Sequence[torch.Tensor] | None,
+        n: int,
+        k: int,
+        dtype: torch.dtype,
+        quantization: Quantization | None,
+        activation: Activation | None = None,
+    ) -> None:
+        self.packed = packed
+        self.n, self.k, self.dtype = n, k, dtype
+        self._call = kernels._linear
+        self._bias = None
+        if biases is not None:
+            parts = [biases] if isinstance(biases, torch.Tensor) else list(biases)
+            self._bias = torch.cat([part.detach() for part in parts])
+            assert self._bias.shape == (n if activation is None else 2 * n,)
+            assert self._bias.dtype is dtype
+        self._struct = _LinearLayer(
+            packed.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            n,
+            k,
+            TYPES[dtype],
+            FORMATS[quantization],
+            ACTIVATIONS[activation],
+        )
+        self.address = ctypes.addressof(self._struct)
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, wide: bool = False
+    ) -> torch.Tensor:
         assert x.shape[-1] == self.k and x.dtype is self.dtype
-        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        y = torch.empty((*x.shape[:-1], self.n), dtype=torch.float32 if wide else self.dtype)
         x, stride = _rows(x)
-        num_rows = y.numel() // self.n
-        self._call(self._address, x.data_ptr(), stride, None, y.data_ptr(), num_rows)
+        if residual is not None:
+            assert residual.numel() == y.numel() and residual.is_contiguous()
+            assert residual.dtype is self.dtype
+        self._call(
+            self.address,
+            x.data_ptr(),
+            stride,
+            None if residual is None else residual.data_ptr(),
+            y.data_ptr(),
+            wide,
+            y.numel() // self.n,
+        )
         return y
 
 
@@ -465,49 +515,32 @@ def _page_layout(key_size: int, value_size: int, dtype: torch.dtype) -> tuple[in
     return values_per_word, -(-key_size // values_per_word), -(-value_size // LANES) * LANES
 
 
-def _empty_groups(num_groups: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    values_per_word = 4 // dtype.itemsize
-    return torch.empty((num_groups, -(-k // values_per_word), LANES, values_per_word), dtype=dtype)
+def _group_words(k: int, dtype: torch.dtype, quantization: Quantization | None) -> int:
+    """32-bit words of a group of 16 packed columns; see linear.h and quantised.h."""
+    if quantization == "int8":
+        return (-(-k // 4) + 1) * LANES
+    if quantization == "int4":
+        return -(-k // 128) * 17 * LANES
+    return -(-k // (4 // dtype.itemsize)) * LANES
 
 
 def _pack(
-    kernels: Kernels, weight: torch.Tensor, to: torch.Tensor, first: int, run: int, stride: int
+    kernels: Kernels,
+    weight: torch.Tensor,
+    to: torch.Tensor,
+    quantization: Quantization | None,
+    first: int,
+    run: int,
+    stride: int,
 ) -> None:
+    """Pack [n, k] into groups of `to`: from the `first` one, `run` of every `stride`."""
     weight = _dense(weight.detach())
     n, k = weight.shape
     assert weight.dtype in TYPES, f"kernels know no {weight.dtype}"
     kernels._pack(
-        *(TYPES[weight.dtype], weight.data_ptr(), weight.stride(0), n, k),
+        *(TYPES[weight.dtype], FORMATS[quantization]),
+        *(weight.data_ptr(), weight.stride(0), n, k),
         *(to.data_ptr(), first, run, stride),
-    )
-
-
-def _joined_biases(
-    biases: torch.Tensor | Sequence[torch.Tensor] | None, n: int, dtype: torch.dtype
-) -> torch.Tensor | None:
-    if biases is None:
-        return None
-    parts = [biases] if isinstance(biases, torch.Tensor) else list(biases)
-    bias = torch.cat([part.detach() for part in parts])
-    assert bias.shape == (n,) and bias.dtype is dtype
-    return bias
-
-
-def _layer(
-    weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    activation: Activation | None,
-) -> _LinearLayer:
-    return _LinearLayer(
-        weights.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        n,
-        k,
-        TYPES[dtype],
-        ACTIVATIONS[activation],
     )
 
 

@@ -11,8 +11,11 @@
 //         where_less keep_lanes       choice by comparison, and by lane number
 //         sum maximum                 over the sixteen lanes, in one fixed order
 //         nearest times_power_of_two  for exp
-//   I32   & shift_right               sixteen 32-bit integers, or as many words
-//         iload ibroadcast izeros to_float
+//   I32   + & shift_right             sixteen 32-bit integers, or as many words
+//         iload ibroadcast isum
+//         to_float to_int             to_int rounds to nearest
+//         store_bytes                 of each lane the lowest byte
+//         lookup                      of each byte, 0 to 15, what a table of 16 bytes holds there
 //   Bf16Words, Int8Words              how packed numbers enter the micro-kernel, see below
 //
 // and this file adds what can be said in these words.
@@ -73,7 +76,15 @@ struct Fp32Words {
   static INLINE F32 multiply_add(F32 sum, F32 w, F32 x) { return fma(w, x, sum); }
 };
 
-// Eight weights of 0 to 15 in a word: the lower halves of its bytes meet the first word of int8
+// What a 4-bit weight stands for, up to the scale of its block. Denser around zero, as weights
+// are: fitted by Lloyd's algorithm to normal and heavier-tailed blocks of 128, each scaled to fit.
+// Against sixteen equal steps from the smallest to the largest number of a block this lowers the
+// root mean square error by 12 % (normal) to 22 % (Student's t, 5 degrees of freedom).
+constexpr int num_levels = 16;
+constexpr int8_t levels[num_levels] = {-127, -92, -69, -52, -39, -27, -17, -7,
+                                       1,    10,  20,  31,  43,  58,  77,  105};
+
+// Eight 4-bit weights in a word: the lower halves of its bytes meet the first word of int8
 // activations, the upper halves the second.
 struct Int4Words {
   static constexpr int parts = 2 * Int8Words::parts;
@@ -81,9 +92,18 @@ struct Int4Words {
   using Sum = I32;
   using Operand = Int8Words::Operand;
   static INLINE Operand weights(const word* w, int part) {
-    I32 words = iload(w);
-    if (part >= Int8Words::parts) words = shift_right<4>(words);
-    return Int8Words::operand(words & ibroadcast(0x0f0f0f0f), part % Int8Words::parts);
+    struct Table {
+      uint8_t bytes[num_levels];
+      constexpr Table() : bytes() {
+        for (int i = 0; i < num_levels; ++i)
+          bytes[i] = static_cast<uint8_t>(levels[i] + Int8Words::weight_offset);
+      }
+    };
+    static constexpr Table table;
+    I32 codes = iload(w);
+    if (part >= Int8Words::parts) codes = shift_right<4>(codes);
+    I32 bytes = lookup(table.bytes, codes & ibroadcast(0x0f0f0f0f));
+    return Int8Words::operand(bytes, part % Int8Words::parts);
   }
   static INLINE Operand activations(const word* x, int part) {
     return Int8Words::activations(x + part / Int8Words::parts, part % Int8Words::parts);

@@ -16,7 +16,7 @@ constexpr int tile_rows = 6;
 constexpr int tile_vectors = 4;
 
 using F32 = __m512;
-using I32 = __m512i;
+typedef int32_t I32 __attribute__((vector_size(64)));
 
 INLINE __mmask16 first_lanes(int count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1);
@@ -27,8 +27,12 @@ INLINE F32 broadcast(float x) { return _mm512_set1_ps(x); }
 INLINE F32 load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE F32 load(const float* p, int count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
 INLINE void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+// Storing under a mask is slow on some CPUs (Zen), even when nothing is masked.
 INLINE void store(float* p, F32 v, int count) {
-  _mm512_mask_storeu_ps(p, first_lanes(count), v);
+  if (count >= lanes)
+    store(p, v);
+  else
+    _mm512_mask_storeu_ps(p, first_lanes(count), v);
 }
 
 INLINE F32 widen(__m256i bits) {
@@ -58,7 +62,10 @@ INLINE void store(bf16* p, F32 v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
 }
 INLINE void store(bf16* p, F32 v, int count) {
-  _mm256_mask_storeu_epi16(p, first_lanes(count), narrow(v));
+  if (count >= lanes)
+    store(p, v);
+  else
+    _mm256_mask_storeu_epi16(p, first_lanes(count), narrow(v));
 }
 
 // + - * / are the compiler's own for __m512.
@@ -79,15 +86,24 @@ INLINE float maximum(F32 v) { return _mm512_reduce_max_ps(v); }
 INLINE F32 nearest(F32 v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT); }
 INLINE F32 times_power_of_two(F32 v, F32 n) { return _mm512_scalef_ps(v, n); }
 
-// & is the compiler's own for __m512i.
-INLINE I32 izeros() { return _mm512_setzero_si512(); }
-INLINE I32 ibroadcast(word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-INLINE I32 iload(const word* p) { return _mm512_loadu_si512(p); }
+// + and & are the compiler's own for vectors of int32_t. Not so for __m512i, whose lanes are of
+// 64 bits, and a struct around it would not stay in registers.
+INLINE I32 ibroadcast(word x) { return (I32)_mm512_set1_epi32(static_cast<int>(x)); }
+INLINE I32 iload(const word* p) { return (I32)_mm512_loadu_si512(p); }
 template <int BITS>
 INLINE I32 shift_right(I32 v) {
-  return _mm512_srli_epi32(v, BITS);
+  return (I32)_mm512_srli_epi32((__m512i)v, BITS);
 }
-INLINE F32 to_float(I32 v) { return _mm512_cvtepi32_ps(v); }
+INLINE int32_t isum(I32 v) { return _mm512_reduce_add_epi32((__m512i)v); }
+INLINE F32 to_float(I32 v) { return _mm512_cvtepi32_ps((__m512i)v); }
+INLINE I32 to_int(F32 v) { return (I32)_mm512_cvtps_epi32(v); }
+INLINE void store_bytes(int8_t* p, I32 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v));
+}
+INLINE I32 lookup(const uint8_t* table, I32 v) {
+  __m128i once = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return (I32)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(once), (__m512i)v);
+}
 
 #if defined(__AVX512BF16__)
 struct Bf16Words {
@@ -108,8 +124,7 @@ struct Bf16Words {
   using Sum = F32;
   using Operand = F32;
   static INLINE Operand half(I32 pair, int part) {
-    return _mm512_castsi512_ps(part == 0 ? _mm512_slli_epi32(pair, 16)
-                                         : pair & ibroadcast(0xffff0000));
+    return (F32)(part == 0 ? pair << 16 : pair & ibroadcast(0xffff0000));
   }
   static INLINE Operand weights(const word* w, int part) { return half(iload(w), part); }
   static INLINE Operand activations(const word* x, int part) {
@@ -128,16 +143,17 @@ struct Int8Words {
   static constexpr int weight_offset = 128;  // the instruction wants unsigned weights
   static INLINE Operand operand(I32 bytes, int) { return bytes; }
   static INLINE I32 multiply_add(I32 sum, Operand w, Operand x) {
-    return _mm512_dpbusd_epi32(sum, w, x);
+    return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
   }
 #else
   static constexpr int parts = 2;  // even bytes, then odd ones, as 16-bit numbers
   static constexpr int weight_offset = 0;
   static INLINE Operand operand(I32 bytes, int part) {
-    return _mm512_srai_epi16(part == 0 ? _mm512_slli_epi16(bytes, 8) : bytes, 8);
+    __m512i pairs = (__m512i)bytes;
+    return (I32)_mm512_srai_epi16(part == 0 ? _mm512_slli_epi16(pairs, 8) : pairs, 8);
   }
   static INLINE I32 multiply_add(I32 sum, Operand w, Operand x) {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
+    return sum + (I32)_mm512_madd_epi16((__m512i)w, (__m512i)x);
   }
 #endif
   static INLINE Operand weights(const word* w, int part) { return operand(iload(w), part); }

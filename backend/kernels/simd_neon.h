@@ -7,7 +7,8 @@ namespace simd {
 
 constexpr const char* name = "neon";
 
-// 4 sums of four registers, 4 weights and an activation leave room for taking bf16 pairs apart.
+// 4 sums of four registers, 4 weights and an activation leave 11 of the 32 registers for taking
+// bf16 pairs apart.
 constexpr int tile_rows = 4;
 constexpr int tile_vectors = 1;
 
@@ -107,11 +108,11 @@ INLINE I32 ibroadcast(word x) {
   int32x4_t v = vreinterpretq_s32_u32(vdupq_n_u32(x));
   return {v, v, v, v};
 }
-INLINE I32 izeros() { return ibroadcast(0); }
 INLINE I32 iload(const word* p) {
   const int32_t* q = reinterpret_cast<const int32_t*>(p);
   return {vld1q_s32(q), vld1q_s32(q + 4), vld1q_s32(q + 8), vld1q_s32(q + 12)};
 }
+INLINE I32 operator+(I32 a, I32 b) { return each<I32>(vaddq_s32, a, b); }
 INLINE I32 operator&(I32 a, I32 b) { return each<I32>(vandq_s32, a, b); }
 template <int BITS>
 INLINE I32 shift_right(I32 v) {
@@ -121,7 +122,24 @@ INLINE I32 shift_right(I32 v) {
       },
       v);
 }
+INLINE int32_t isum(I32 v) {
+  return vaddvq_s32(vaddq_s32(vaddq_s32(v.q[0], v.q[2]), vaddq_s32(v.q[1], v.q[3])));
+}
 INLINE F32 to_float(I32 v) { return each<F32>(vcvtq_f32_s32, v); }
+INLINE I32 to_int(F32 v) { return each<I32>(vcvtnq_s32_f32, v); }
+INLINE void store_bytes(int8_t* p, I32 v) {
+  int16x8_t low = vcombine_s16(vmovn_s32(v.q[0]), vmovn_s32(v.q[1]));
+  int16x8_t high = vcombine_s16(vmovn_s32(v.q[2]), vmovn_s32(v.q[3]));
+  vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+}
+INLINE I32 lookup(const uint8_t* table, I32 v) {
+  uint8x16_t all = vld1q_u8(table);
+  return each<I32>(
+      [all](int32x4_t x) {
+        return vreinterpretq_s32_u8(vqtbl1q_u8(all, vreinterpretq_u8_s32(x)));
+      },
+      v);
+}
 
 struct Bf16Words {
   static constexpr int parts = 2;  // the lower of the two numbers, then the upper

@@ -5,7 +5,7 @@ namespace simd {
 
 constexpr const char* name = "plain";
 
-constexpr int tile_rows = 4;
+constexpr int tile_rows = 2;
 constexpr int tile_vectors = 1;
 
 struct F32 {
@@ -119,11 +119,13 @@ INLINE I32 ibroadcast(word x) {
   for (int32_t& lane : v.lane) lane = static_cast<int32_t>(x);
   return v;
 }
-INLINE I32 izeros() { return ibroadcast(0); }
 INLINE I32 iload(const word* p) {
   I32 v;
   std::memcpy(v.lane, p, sizeof v);
   return v;
+}
+INLINE I32 operator+(I32 a, I32 b) {
+  return each<I32>([](int32_t x, int32_t y) { return x + y; }, a, b);
 }
 INLINE I32 operator&(I32 a, I32 b) {
   return each<I32>([](int32_t x, int32_t y) { return x & y; }, a, b);
@@ -133,8 +135,31 @@ INLINE I32 shift_right(I32 v) {
   return each<I32>([](int32_t x) { return static_cast<int32_t>(static_cast<word>(x) >> BITS); },
                    v);
 }
+INLINE int32_t isum(I32 v) {
+  int32_t total = 0;
+  for (int32_t x : v.lane) total += x;
+  return total;
+}
 INLINE F32 to_float(I32 v) {
   return each<F32>([](int32_t x) { return static_cast<float>(x); }, v);
+}
+// NaN, of which no integer can be made, becomes zero.
+INLINE I32 to_int(F32 v) {
+  return each<I32>(
+      [](float x) { return x == x ? static_cast<int32_t>(std::nearbyint(x)) : int32_t{0}; }, v);
+}
+INLINE void store_bytes(int8_t* p, I32 v) {
+  for (int i = 0; i < lanes; ++i) p[i] = static_cast<int8_t>(v.lane[i]);
+}
+INLINE I32 lookup(const uint8_t* table, I32 v) {
+  return each<I32>(
+      [table](int32_t x) {
+        word found = 0;
+        for (int shift = 0; shift < 32; shift += 8)
+          found |= static_cast<word>(table[static_cast<word>(x) >> shift & 15]) << shift;
+        return static_cast<int32_t>(found);
+      },
+      v);
 }
 
 struct Bf16Words {

@@ -28,8 +28,9 @@ struct NothingAhead {
 template <class Words, int ROWS, int VECTORS, class A>
 INLINE void multiply_add(typename Words::Sum (&sum)[ROWS][VECTORS], const word* x, size_t x_stride,
                          const word* const* w, size_t w_stride, int steps, A& ahead) {
+  A local = ahead;  // stays in a register
   for (int i = 0; i < steps; ++i) {
-    ahead.step();
+    local.step();
     UNROLL
     for (int part = 0; part < Words::parts; ++part) {
       typename Words::Operand weights[VECTORS];
@@ -44,6 +45,7 @@ INLINE void multiply_add(typename Words::Sum (&sum)[ROWS][VECTORS], const word* 
       }
     }
   }
+  ahead = local;
 }
 
 // Call `body` with the number of rows as a compile-time constant, 1 to tile_rows.

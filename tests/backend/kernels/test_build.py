@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from footplate.backend.kernels import Kernels, build, load
+from footplate.backend.kernels import Kernels, PackedLinear, Quantization, build, load
 from footplate.backend.kernels.build import (
     INSTRUCTION_SETS,
     PLAIN,
@@ -243,14 +243,20 @@ def test_kernels_share_the_threads_of_torch(kernels: Kernels) -> None:
     assert len(pools) == 1
 
 
-def test_no_options_are_compiled_as_well(kernel_folder: Path) -> None:
-    # A CPU with AVX2 but without its 8-bit dot product takes another path in the source.
+def test_a_cpu_without_optional_features_computes_the_same(kernel_folder: Path) -> None:
+    # Without its 8-bit dot product an instruction set takes another path in the source.
+    weight, x = torch.randn(64, 300), torch.randn(5, 300)
     for isa in usable_instruction_sets():
-        for feature in isa.options:
-            without = build.InstructionSet(isa.name, isa.requires, isa.flags)
-            library = load(kernel_folder, instruction_set=without)
-            assert library is not None, feature
-            assert Kernels(library).instruction_set == isa.name
+        if isa.options:
+            bare = build.InstructionSet(isa.name, isa.requires, isa.flags)
+            results = []
+            for variant in (isa, bare):
+                library = load(kernel_folder, instruction_set=variant)
+                assert library is not None
+                kernels = Kernels(library)
+                formats: tuple[Quantization, ...] = ("int8", "int4")
+                results.append([PackedLinear(kernels, weight, quantization=q)(x) for q in formats])
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_sources_are_part_of_the_package() -> None:

@@ -107,7 +107,18 @@ def test_rows_of_a_packed_weight_come_back(kernels: Kernels, dtype: torch.dtype)
     for n, k in SHAPES:
         w = weight(n, k, dtype)
         ids = torch.randint(n, (2, 30))
-        assert torch.equal(PackedLinear(kernels, w).rows(ids), w[ids])
+        packed = PackedLinear(kernels, w)
+        assert torch.equal(packed.rows(ids), w[ids])
+        for no_such_row in (-1, n):
+            with pytest.raises(IndexError):
+                packed.rows(torch.tensor([0, no_such_row]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_results_are_the_same_numbers_in_float32(kernels: Kernels, dtype: torch.dtype) -> None:
+    linear = PackedLinear(kernels, weight(75, 64, dtype), torch.randn(75).to(dtype))
+    x = torch.randn(9, 64).to(dtype)
+    assert torch.equal(linear(x, wide=True), linear(x).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

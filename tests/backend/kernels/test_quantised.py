@@ -15,15 +15,17 @@ FORMATS: list[Quantization] = ["int8", "int4"]
 
 
 def as_weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    return (torch.randn(n, k) * k**-0.5).to(dtype)
+    scaled: torch.Tensor = torch.randn(n, k) / k**0.5
+    return scaled.to(dtype)
 
 
 def round_trip(x: torch.Tensor, block: int) -> torch.Tensor:
     """Activations after a stay in 8 bits, in blocks along the last dimension."""
     k = x.shape[1]
-    blocks = functional.pad(x.float(), (0, -k % block)).unflatten(1, (-1, block))
+    blocks = functional.pad(x.float(), (0, -k % block)).view(len(x), -1, block)
     largest = blocks.abs().amax(2, keepdim=True)
-    return ((blocks * (127 / largest)).round() * (largest / 127)).flatten(1)[:, :k].double()
+    rounded: torch.Tensor = (blocks * (127 / largest)).round() * (largest / 127)
+    return rounded.view(len(x), -1)[:, :k].double()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
