@@ -149,6 +149,13 @@ def load(
         return None
 
 
+def compile_ahead(folder: Path) -> None:
+    """Compile what `load` will want, while torch is being imported. Quietly: `load` says what is
+    wrong."""
+    with contextlib.suppress(OSError, KernelBuildError):
+        Build.of(None, _best_instruction_set()).in_folder(folder)
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """One way to compile the kernels.

@@ -66,19 +66,6 @@ struct Pages {
     return values + (page * num_kv_heads + head) * value_page_words;
   }
 
-  // Bring in what `write` will touch, for all heads. Each token's key lies in a cache line of its
-  // own per word; waiting for them one after the other made up nine tenths of writing.
-  void fetch_for_writing(int64_t slot) const {
-    int64_t page = slot / page_tokens, offset = slot % page_tokens;
-    const word* from = key_page(page, 0);
-    const word* to = key_page(page + 1, 0);
-    for (; from < to; from += page_tokens) __builtin_prefetch(from, 1);
-    for (int head = 0; head < num_kv_heads; ++head) {
-      from = value_page(page, head) + offset / values_per_word * value_columns;
-      for (int d = 0; d < value_columns; d += simd::lanes) __builtin_prefetch(from + d, 1);
-    }
-  }
-
   // Write one token's key and value of one head. Only what belongs to the token is written, so
   // that threads may write to the same page.
   //
@@ -116,10 +103,8 @@ void write_kv(const LayerCache& cache, const StepTables& step, const E* key,
               size_t value_token_stride, size_t value_head_stride) {
   Pages<E> pages(cache);
 #pragma omp parallel for schedule(static) if (step.num_tokens > 8)
-  for (int t = 0; t < step.num_tokens; ++t) {
-    pages.fetch_for_writing(step.slots[t]);
+  for (int t = 0; t < step.num_tokens; ++t)
     for (int h = 0; h < pages.num_kv_heads; ++h)
       pages.write(step.slots[t], h, key + t * key_token_stride + h * key_head_stride,
                   value + t * value_token_stride + h * value_head_stride);
-  }
 }

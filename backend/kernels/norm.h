@@ -80,7 +80,6 @@ void rope_and_cache(const LayerCache& cache, const StepTables& step, E* qkv, siz
   int size = pages.key_size;
 #pragma omp parallel for schedule(static) if (step.num_tokens > 4)
   for (int t = 0; t < step.num_tokens; ++t) {
-    pages.fetch_for_writing(step.slots[t]);
     E* row = qkv + t * row_stride;
     for (int h = 0; h < num_heads + pages.num_kv_heads; ++h) {
       E* head = row + static_cast<size_t>(h) * size;

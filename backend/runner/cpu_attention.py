@@ -9,8 +9,7 @@ from itertools import chain, repeat
 import numpy as np
 import torch
 
-from footplate.backend.kernels import Kernels, LayerPages, StepTables
-from footplate.backend.kernels.ops import PAGE_TOKENS
+from footplate.backend.kernels.ops import PAGE_TOKENS, Kernels, LayerPages, StepTables
 from footplate.backend.runner.attention_backend import AttentionOptions, LayerShape
 from footplate.backend.runner.batch import RaggedBatch
 

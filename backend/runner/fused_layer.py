@@ -8,7 +8,7 @@ one of them; whoever builds one compares its output with the original's before u
 import torch
 from torch import nn
 
-from footplate.backend.kernels import Kernels, NormWeight, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.ops import Kernels, NormWeight, PackedGatedMLP, PackedLinear
 from footplate.backend.runner.attention_backend import AttentionOptions
 from footplate.backend.runner.paged_model import running_layer
 

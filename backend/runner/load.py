@@ -1,9 +1,12 @@
 """From a model's name to a model runner. Imports torch only for models that need it."""
 
 import gc
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from footplate.backend.kernels import build
 from footplate.backend.runner.fake import FakeModelRunner
 from footplate.backend.step import ModelRunner
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
@@ -27,6 +30,9 @@ def load_runner(
     if model.model == "fake":
         return FakeModelRunner(model, cache, DEMO_MODEL)
     on_progress("importing torch", 0.0)
+    # On the very first start the compiler takes longer than these imports, on a core of its own.
+    ahead = (build.cache_folder(os.environ),)
+    threading.Thread(target=build.compile_ahead, args=ahead, daemon=True).start()
     # A quarter of the time of these imports, 0.7 s, is the collector looking again and again at
     # objects that live for ever.
     gc.disable()

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from footplate.backend import kernels
-from footplate.backend.kernels import Kernels
+from footplate.backend.kernels import build
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.runner import cuda_memory
 from footplate.backend.runner.attention_backend import AttentionBackend, LayerShape
 from footplate.backend.runner.cache_size import CacheSize, default_host_bytes, size_cache
@@ -163,7 +163,7 @@ def _load_kernels(network: Any, block_size: int) -> Kernels | None:
     fits = network.dtype in (torch.float32, torch.bfloat16) and CpuAttention.supports(block_size)
     if network.device.type != "cpu" or not fits:
         return None
-    library = kernels.load(kernels.cache_folder(os.environ))
+    library = build.load(build.cache_folder(os.environ))
     return None if library is None else Kernels(library)
 
 

@@ -17,8 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from footplate.backend.kernels import Kernels, NormWeight, PackedGatedMLP, PackedLinear
-from footplate.backend.kernels.ops import Activation
+from footplate.backend.kernels.ops import (
+    Activation,
+    Kernels,
+    NormWeight,
+    PackedGatedMLP,
+    PackedLinear,
+)
 from footplate.backend.runner.attention_backend import (
     AttentionBackend,
     AttentionOptions,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from footplate.backend.kernels import Kernels, load
-from footplate.backend.kernels.build import PLAIN, InstructionSet, usable_instruction_sets
+from footplate.backend.kernels.build import PLAIN, InstructionSet, load, usable_instruction_sets
+from footplate.backend.kernels.ops import Kernels
 
 ALL = [*usable_instruction_sets(), PLAIN]
 

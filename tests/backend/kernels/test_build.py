@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from footplate.backend.kernels import Kernels, PackedLinear, Quantization, build, load
+from footplate.backend.kernels import build
 from footplate.backend.kernels.build import (
     INSTRUCTION_SETS,
     PLAIN,
@@ -21,8 +21,10 @@ from footplate.backend.kernels.build import (
     KernelBuildError,
     UnsafeFolderError,
     cache_folder,
+    load,
     usable_instruction_sets,
 )
+from footplate.backend.kernels.ops import Kernels, PackedLinear, Quantization
 
 
 class FakeCompiler:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from footplate.backend.kernels import Kernels, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.ops import Kernels, PackedGatedMLP, PackedLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from footplate.backend.kernels import Kernels, LayerPages, NormWeight, StepTables
+from footplate.backend.kernels.ops import Kernels, LayerPages, NormWeight, StepTables
 
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [1, 16, 51, 64, 128, 1000]
