@@ -18,6 +18,7 @@ class EngineEvent(Enum):
 
     START = auto()
     READY = auto()
+    GIVE_UP = auto()  # nothing to attach to: it may be tried again
     DIE = auto()
     STOP = auto()
 
@@ -27,6 +28,7 @@ TRANSITIONS = {
     (EngineState.NEW, EngineEvent.START): EngineState.STARTING,
     (EngineState.STOPPED, EngineEvent.START): EngineState.STARTING,
     (EngineState.STARTING, EngineEvent.READY): EngineState.SERVING,
+    (EngineState.STARTING, EngineEvent.GIVE_UP): EngineState.NEW,
     (EngineState.STARTING, EngineEvent.DIE): EngineState.DEAD,
     (EngineState.SERVING, EngineEvent.DIE): EngineState.DEAD,
     (EngineState.NEW, EngineEvent.STOP): EngineState.STOPPED,

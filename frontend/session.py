@@ -165,6 +165,11 @@ class Session:
         except BaseException as error:
             self._require_wanted()
             self._release()
+            self._starting = None
+            if self._address is not None:
+                # Somebody else's engine: it may be up the next time.
+                self._advance(EngineEvent.GIVE_UP)
+                raise
             self._advance(EngineEvent.DIE)
             self.dead_error = (
                 error

@@ -343,7 +343,22 @@ async def test_a_core_that_dies_before_its_welcome_fails_the_start(core: Scripte
     with pytest.raises(EngineStartError, match="closed the connection"):
         async with asyncio.timeout(PATIENCE_S):
             await starting
-    assert engine.errored
+    assert not engine.errored, "another core may come"
+    engine.shutdown()
+
+
+async def test_an_engine_that_was_not_there_can_be_attached_to_later(core: ScriptedCore) -> None:
+    engine = AsyncLLMEngine.connect(core.address, timeout_s=PATIENCE_S)
+    starting = asyncio.create_task(engine.start())
+    await core.hear_hello()
+    await core.answer(Refused("start", "not now"))
+    with pytest.raises(EngineStartError, match="not now"):
+        await starting
+    assert isinstance(await core.hear(), Goodbye)
+    starting = asyncio.create_task(engine.start())
+    await core.accept()
+    await starting
+    assert engine.is_running
     engine.shutdown()
 
 
