@@ -69,8 +69,8 @@ struct QueryTile {
 
   // The pages of a block of keys.
   int num_pages = 0;
-  const word* key_pages[block_keys / page_tokens + panel_groups];
-  const word* value_pages[block_keys / page_tokens];
+  const word* key_pages[block_keys / page_tokens + panel_groups] = {};
+  const word* value_pages[block_keys / page_tokens] = {};
 
   int position_of(int row) const { return position + row / heads; }
 

@@ -2,8 +2,9 @@
 //
 // Packed weights are groups of 16 columns: [num_groups][num_words][16 lanes] words, where word i
 // of a column holds its i-th few values along k. Columns are padded with zeros to whole groups,
-// k to whole words. (Quantised weights: see quantised.h.) A gated layer has two matrices; the four groups of a panel are two of the
-// gate's and the two of `up` that meet them, so that one thread has both in its hands.
+// k to whole words. (Quantised weights: see quantised.h.) A gated layer has two matrices; the four
+// groups of a panel are two of the gate's and the two of `up` that meet them, so that one thread
+// has both in its hands.
 #pragma once
 
 #include <omp.h>
@@ -214,12 +215,16 @@ void pack(const E* w, size_t stride, int n, int k, word* packed, GroupOrder orde
   for (int group = 0; group < num_groups; ++group) {
     word* to = packed + order(group) * num_words * lanes;
     int columns = std::min(lanes, n - group * lanes);
+    if (columns < lanes) std::memset(to, 0, num_words * lanes * sizeof(word));
     for (int i = 0; i < num_words; ++i) {
-      for (int lane = 0; lane < lanes; ++lane) {
+      int count = std::min(values, k - i * values);
+      for (int lane = 0; lane < columns; ++lane) {
+        const E* from = w + (group * lanes + lane) * stride + i * values;
         word packed_word = 0;
-        if (lane < columns)
-          std::memcpy(&packed_word, w + (group * lanes + lane) * stride + i * values,
-                      std::min(values, k - i * values) * sizeof(E));
+        if (count == values)
+          std::memcpy(&packed_word, from, sizeof(word));
+        else
+          std::memcpy(&packed_word, from, count * sizeof(E));
         to[i * lanes + lane] = packed_word;
       }
     }
