@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 FAQ = ROOT / "docs" / "faq.md"
@@ -269,6 +269,13 @@ def count_exact_answers(model: LlamaForCausalLM, tokenizer: Tokenizer) -> tuple[
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the folder that transformers, and a client with `tokenizers` alone, can load."""
+    config = model.config
+    # What is derived from the model's own has fields that mean nothing here.
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # transformers makes it readable by its owner alone
     tokenizer.save(str(folder / "tokenizer.json"))
