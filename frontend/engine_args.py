@@ -29,6 +29,10 @@ class EngineArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; "auto" takes CUDA when there is a GPU."""
 
+    quantization: Literal["int8", "int4"] | None = None
+    """Keep the weights of linear layers in 8 or 4 bits, with activations in 8, on CPUs. The last
+    layer, which makes the logits, has 8 bits in both cases."""
+
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; the model's own limit if not given."""
 
@@ -106,6 +110,7 @@ class EngineArgs:
                 tokenizer=self.tokenizer,
                 dtype=self.dtype,
                 device=self.device,
+                quantization=self.quantization,
                 max_model_len=self.max_model_len,
                 num_threads=self.threads,
             ),
@@ -128,6 +133,7 @@ class EngineArgs:
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
+    "quantization": (None, "int8", "int4"),
     "scheduling_policy": ("fcfs", "priority"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),
 }

@@ -19,6 +19,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         tokenizer: folder of the tokenizer; None is the model's own.
         dtype: "auto" takes the checkpoint's.
         device: "auto" takes CUDA when there is a GPU.
+        quantization: of linear layers, on CPUs with our kernels. Weights get a scale per output
+            ("int8"), or per output and 128 inputs ("int4"; the last layer stays at 8 bits), and
+            activations 8 bits, each token for itself. None leaves weights in `dtype`.
         max_model_len: longest prompt plus output, in tokens; None takes the model's own limit.
         num_threads: CPU threads of the forward pass; None takes all cores of the CPU set, and
             one for a model so small that threads would only wait for each other.
@@ -28,6 +31,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantization: Literal["int8", "int4"] | None = None
     max_model_len: int | None = None
     num_threads: int | None = None
 

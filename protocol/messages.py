@@ -118,6 +118,7 @@ class ModelFacts(msgspec.Struct, frozen=True, array_like=True):
     device: str
     attention: str
     num_parameters: int = 0
+    quantization: str | None = None
 
 
 class Limits(msgspec.Struct, frozen=True, array_like=True):

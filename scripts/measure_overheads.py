@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
 """Measure what Footplate costs beside the model: start, round trip, held streams, idleness.
 
-scripts/measure_overheads.py                      # fake model
-scripts/measure_overheads.py --model demo --idle-seconds 60
+scripts/measure_overheads.py                                    fake model
+scripts/measure_overheads.py --model demo --idle-seconds 60     as any engine argument
 """
 
-import argparse
 import asyncio
 import gc
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import uvloop
+from cyclopts import App, Parameter
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, RequestStream, SamplingParams
 
+DEFAULT = EngineArgs(model="fake")
 PROMPT = [20, 21, 22]
 ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
 
@@ -31,6 +32,14 @@ def cpu_seconds(process_id: int | str) -> float:
 def resident_bytes() -> int:
     """Memory of this process (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes(process_id: int) -> int:
+    """The most memory that a process has held so far, mapped files included (Linux)."""
+    for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("the kernel does not tell")
 
 
 async def measure_round_trips(engine: AsyncLLMEngine, count: int) -> None:
@@ -75,32 +84,49 @@ async def measure_idle(engine: AsyncLLMEngine, seconds: float) -> None:
     print(f"idle for {seconds:g} s: client {client_ms:.0f} ms of CPU, core {core_ms:.0f} ms")
 
 
-async def run(args: argparse.Namespace) -> None:
+async def run(
+    engine_args: EngineArgs, *, round_trips: int, streams: int, idle_seconds: float
+) -> None:
     """All measurements, one after another."""
     since = time.perf_counter()
-    async with AsyncLLMEngine.from_engine_args(EngineArgs(model=args.model)) as engine:
+    async with AsyncLLMEngine.from_engine_args(engine_args) as engine:
         ready = time.perf_counter() - since
         async for _ in engine.generate(PROMPT, ONE_TOKEN):
             pass
         first = time.perf_counter() - since
         phases = ", ".join(f"{name} {s:.2f}" for name, s in engine.start_phases.items())
         print(f"start: ready after {ready:.2f} s, first token after {first:.2f} s ({phases})")
-        await measure_round_trips(engine, args.round_trips)
-        if args.streams:
-            await measure_held_streams(engine, args.streams)
-        await measure_idle(engine, args.idle_seconds)
+        assert engine.process_id is not None
+        print(f"peak memory of the core so far: {peak_bytes(engine.process_id) / 1e6:.0f} MB")
+        await measure_round_trips(engine, round_trips)
+        if streams:
+            await measure_held_streams(engine, streams)
+        await measure_idle(engine, idle_seconds)
 
 
-def main() -> int:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", default="fake")
-    parser.add_argument("--round-trips", type=int, default=1000)
-    parser.add_argument("--streams", type=int, default=10_000)
-    parser.add_argument("--idle-seconds", type=float, default=10.0)
-    uvloop.run(run(parser.parse_args()))
-    return 0
+app = App(name="measure_overheads.py", help=__doc__, help_format="plaintext")
+
+
+@app.default
+def main(
+    engine_args: Annotated[EngineArgs, Parameter(name="*")] = DEFAULT,
+    *,
+    round_trips: int = 1000,
+    streams: int = 10_000,
+    idle_seconds: float = 10.0,
+) -> None:
+    """Print one line per measurement.
+
+    Args:
+        engine_args: of the engine that is started.
+        round_trips: how many, for the median and the 99th percentile.
+        streams: to hold at once; none with 0.
+        idle_seconds: to watch both processes do nothing.
+    """
+    uvloop.run(
+        run(engine_args, round_trips=round_trips, streams=streams, idle_seconds=idle_seconds)
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

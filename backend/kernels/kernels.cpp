@@ -10,7 +10,9 @@
 //   norm.h             RMSNorm, rotary positions
 //   cache.h            pages of keys and values
 //   attention.h        attention over them
+//   decoder_layer.h    all of a layer
 #include "attention.h"
+#include "decoder_layer.h"
 #include "linear.h"
 #include "norm.h"
 #include "quantised.h"
@@ -69,23 +71,7 @@ void footplate_linear(const LinearLayer* layer, const void* x, int64_t x_stride,
   if (m == 0) return;
   with_type(layer->type, [&](auto null) {
     using E = Number<decltype(null)>;
-    auto compute = [&](const auto& product) {
-      if (layer->activation == NOT_GATED)
-        linear(*layer, product, static_cast<const E*>(residual), y, wide, m);
-      else
-        gated(*layer, product, static_cast<E*>(y), m);
-    };
-    const E* rows = static_cast<const E*>(x);
-    static thread_local QuantisedRows quantised;
-    if (layer->format == INT8) {
-      quantised.quantise(rows, x_stride, m, layer->k, layer->k);
-      compute(Int8Product{quantised});
-    } else if (layer->format == INT4) {
-      quantised.quantise(rows, x_stride, m, layer->k, int4_block);
-      compute(Int4Product{quantised});
-    } else {
-      compute(FloatProduct<E>(rows, x_stride, layer->k));
-    }
+    apply(*layer, static_cast<const E*>(x), x_stride, static_cast<const E*>(residual), y, wide, m);
   });
 }
 
@@ -127,6 +113,16 @@ void footplate_paged_attention(const LayerCache* cache, const StepTables* step, 
     paged_attention(*cache, *step, AttentionOptions{scale, window, softcap, sinks},
                     static_cast<const E*>(query), token_stride, head_stride,
                     static_cast<E*>(out), num_heads);
+  });
+}
+
+void footplate_decoder_layer(const DecoderLayer* layer, const LayerCache* cache,
+                             const StepTables* step, const void* hidden, void* y, const void* cos,
+                             const void* sin, int rotary_size) {
+  with_type(cache->type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    decoder_layer(*layer, *cache, *step, static_cast<const E*>(hidden), static_cast<E*>(y),
+                  static_cast<const E*>(cos), static_cast<const E*>(sin), rotary_size);
   });
 }
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from footplate.backend.kernels.lazy_memory import lazily_zeroed
+from footplate.backend.kernels.large_memory import zeroed
 
 PAGE_TOKENS = 16
 LANES = 16
@@ -74,6 +74,25 @@ class _StepTables(ctypes.Structure):
     )
 
 
+class DecoderLayerStruct(ctypes.Structure):
+    """`DecoderLayer` of decoder_layer.h."""
+
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("qkv", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("scale", c_float),
+        ("window", c_int32),
+        ("softcap", c_float),
+        ("sinks", c_void_p),
+        ("output", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+    )
+
+
 class Kernels:
     """The functions of one loaded library; see `build.load`."""
 
@@ -110,6 +129,7 @@ class Kernels:
             *(pointer, pointer, pointer, size, size, pointer, c_int),
             *(c_float, c_int, c_float, pointer),
         )
+        self._decoder_layer = function("decoder_layer", *7 * [pointer], c_int)
 
     def rms_norm(self, x: torch.Tensor, norm: "NormWeight") -> torch.Tensor:
         """Root mean square norm (Zhang and Sennrich 2019) over the last dimension.
@@ -255,7 +275,7 @@ class PackedLinear:
             parts = [torch.cat(parts)]  # a group of lanes cannot belong to two matrices
         n, k, dtype = sum(len(part) for part in parts), parts[0].shape[1], parts[0].dtype
         num_groups = -(-n // LANES)
-        packed = torch.empty(num_groups, _group_words(k, dtype, quantization), dtype=torch.int32)
+        packed = zeroed((num_groups, _group_words(k, dtype, quantization)), torch.int32)
         first_group = 0
         for part in parts:
             assert part.shape[1] == k and part.dtype is dtype
@@ -264,6 +284,7 @@ class PackedLinear:
         self._kernels = kernels
         self._layer = _Layer(kernels, packed, biases, n, k, dtype, quantization)
         self.n, self.k, self.dtype = n, k, dtype
+        self.address = self._layer.address
 
     @property
     def nbytes(self) -> int:
@@ -326,15 +347,14 @@ class PackedGatedMLP:
         n, k = gate.shape
         # Panels of two groups of each matrix; zeros where a matrix has no group left.
         num_groups = 4 * -(-n // (2 * LANES))
-        packed = torch.zeros(
-            num_groups, _group_words(k, gate.dtype, quantization), dtype=torch.int32
-        )
+        packed = zeroed((num_groups, _group_words(k, gate.dtype, quantization)), torch.int32)
         _pack(kernels, gate, packed, quantization, 0, 2, 4)
         _pack(kernels, up, packed, quantization, 2, 2, 4)
         biases = None if gate_bias is None or up_bias is None else (gate_bias, up_bias)
         self._layer = _Layer(kernels, packed, biases, n, k, gate.dtype, quantization, activation)
         self.hidden_size, self.k, self.dtype = n, k, gate.dtype
         self.down = down
+        self.address = self._layer.address
 
     @property
     def nbytes(self) -> int:
@@ -445,10 +465,8 @@ class LayerPages:
         self.dtype = dtype
         pages = num_blocks * (block_size // PAGE_TOKENS)
         values_per_word, key_words, value_columns = _page_layout(key_size, value_size, dtype)
-        self.keys = lazily_zeroed(
-            (pages, num_kv_heads, key_words, PAGE_TOKENS, values_per_word), dtype
-        )
-        self.values = lazily_zeroed(
+        self.keys = zeroed((pages, num_kv_heads, key_words, PAGE_TOKENS, values_per_word), dtype)
+        self.values = zeroed(
             (pages, num_kv_heads, PAGE_TOKENS // values_per_word, value_columns, values_per_word),
             dtype,
         )

@@ -305,3 +305,25 @@ void unpack_int4(const word* weights, int64_t row, int k, E* y) {
     store(y + i, load(numbers) * broadcast(scale), count);
   }
 }
+
+// A layer of any format, gated or not; see `linear` and `gated`.
+template <class E>
+void apply(const LinearLayer& layer, const E* x, size_t x_stride, const E* residual, void* y,
+           bool wide, int m) {
+  auto compute = [&](const auto& product) {
+    if (layer.activation == NOT_GATED)
+      linear(layer, product, residual, y, wide, m);
+    else
+      gated(layer, product, static_cast<E*>(y), m);
+  };
+  static thread_local QuantisedRows quantised;
+  if (layer.format == INT8) {
+    quantised.quantise(x, x_stride, m, layer.k, layer.k);
+    compute(Int8Product{quantised});
+  } else if (layer.format == INT4) {
+    quantised.quantise(x, x_stride, m, layer.k, int4_block);
+    compute(Int4Product{quantised});
+  } else {
+    compute(FloatProduct<E>(x, x_stride, layer.k));
+  }
+}

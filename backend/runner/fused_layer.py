@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama family as eight kernel calls.
+"""A decoder layer of the Llama family as one kernel call.
 
 The structure that most architectures share (Llama, Mistral, Qwen 2 and 3, SmolLM 3, ...): norm,
 attention, residual, norm, gated MLP, residual. What a layer looks like only suggests that it is
@@ -8,6 +8,7 @@ one of them; whoever builds one compares its output with the original's before u
 import torch
 from torch import nn
 
+from footplate.backend.kernels.decoder_layer import DecoderLayer
 from footplate.backend.kernels.ops import Kernels, NormWeight, PackedGatedMLP, PackedLinear
 from footplate.backend.runner.attention_backend import AttentionOptions
 from footplate.backend.runner.paged_model import running_layer
@@ -59,13 +60,25 @@ class FusedLayer:
         self._kernels = kernels
         self._layer_idx = layer_idx
         self._options = options
-        self._input_norm = input_norm
         self._qkv = qkv
         self._query_norm = query_norm
         self._key_norm = key_norm
         self._output = output
-        self._mlp_norm = mlp_norm
         self._sinks = None if options.sinks is None else options.sinks.float().contiguous()
+        self._layer = DecoderLayer(
+            kernels,
+            input_norm=input_norm,
+            qkv=qkv,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            scale=options.scale,
+            window=options.window,
+            softcap=options.softcap,
+            sinks=self._sinks,
+            output=output,
+            mlp_norm=mlp_norm,
+            mlp=mlp,
+        )
 
     def __call__(
         self,
@@ -76,18 +89,14 @@ class FusedLayer:
     ) -> torch.Tensor:
         """[1, num_tokens, hidden_size] to the same; `position_embeddings` are cosines and sines,
         [1, num_tokens, rotary_size] each."""
-        normed = self._kernels.rms_norm(hidden_states, self._input_norm)
-        hidden_states = self.attend(normed, position_embeddings, hidden_states)
-        normed = self._kernels.rms_norm(hidden_states, self._mlp_norm)
-        return self.mlp(normed, hidden_states)
+        step, cache = running_layer(self._layer_idx)
+        cos, sin = position_embeddings
+        return self._layer(cache, step, hidden_states, cos.contiguous(), sin.contiguous())
 
     def attend(
-        self,
-        normed: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        residual: torch.Tensor | None = None,
+        self, normed: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """The attention block, its residual added if there is one."""
+        """The attention block by itself, without norm and residual: for comparing."""
         kernels, options = self._kernels, self._options
         step, cache = running_layer(self._layer_idx)
         cos, sin = position_embeddings
@@ -107,4 +116,4 @@ class FusedLayer:
         attended = kernels.paged_attention(
             cache, step, queries, options.scale, options.window, options.softcap, self._sinks
         )
-        return self._output(attended.flatten(1)[None], residual)
+        return self._output(attended.flatten(1)[None])

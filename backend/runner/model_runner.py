@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from footplate.backend.runner.checkpoint import check_files, find_folder, load_c
 from footplate.backend.runner.cpu_attention import CpuAttention
 from footplate.backend.runner.errors import ModelLoadError
 from footplate.backend.runner.limits import attention_windows, eos_token_ids, length_limits
-from footplate.backend.runner.paged_model import PagedModel
+from footplate.backend.runner.mapped_weights import MappedWeights
+from footplate.backend.runner.paged_model import Forward, PagedModel
 from footplate.backend.runner.paged_runner import PagedRunner
 from footplate.backend.runner.per_request_runner import (
     CachedModel,
@@ -73,6 +75,12 @@ def load_model_runner(
     loaded = _Loaded(model, folder, network, num_parameters, wanted_len, cache, scheduler)
     on_progress("checking attention", 0.0)
     own_kernels = _load_kernels(network, cache.block_size)
+    if model.quantization and own_kernels is None:
+        raise ModelLoadError(
+            f"quantization={model.quantization!r} needs the CPU kernels, and there are none: they "
+            "want device='cpu', a C++ compiler, float32 or bfloat16, and a block_size that is a "
+            f"multiple of 16 (here {network.device.type}, {network.dtype}, {cache.block_size})"
+        )
     try:
         if wanted_len > limits.paged:
             raise NotPagedError(f"beyond {limits.paged} tokens its positions are encoded anew")
@@ -80,8 +88,16 @@ def load_model_runner(
         if own_kernels is not None:
             backend = CpuAttention(own_kernels, cache.block_size)
         windows = attention_windows(config, wanted_len)
-        shapes = probe_paged(network, backend, cache.block_size, windows)
+        # Quantised, a model takes half its memory and less. It should not need all of it to start.
+        saves_memory = MappedWeights().released_after_use if model.quantization else nullcontext
+        with saves_memory(network):
+            shapes = probe_paged(network, backend, cache.block_size, windows)
     except NotPagedError as reason:
+        if model.quantization:
+            raise ModelLoadError(
+                f"quantization={model.quantization!r} is for models with paged attention; "
+                f"{type(network).__name__} has it not: {reason}"
+            ) from None
         logger.warning(
             "%s gets a forward and a cache per request, not paged attention: %s",
             type(network).__name__,
@@ -89,10 +105,13 @@ def load_model_runner(
         )
         runner = _per_request_runner(loaded, wanted_len <= limits.paged, on_progress)
     else:
+        direct = None
         if own_kernels is not None:
             on_progress("packing weights", 0.0)
-            rewrite_model(network, own_kernels, backend, shapes, cache.block_size)
-        runner = _paged_runner(loaded, backend, shapes, on_progress)
+            direct = rewrite_model(
+                network, own_kernels, backend, shapes, cache.block_size, model.quantization
+            )
+        runner = _paged_runner(loaded, backend, shapes, direct, on_progress)
     on_progress("warming up", 0.0)
     warm_up(runner)
     return runner
@@ -134,6 +153,7 @@ class _Loaded:
                 device=str(network.device),
                 attention=attention,
                 num_parameters=self.num_parameters,
+                quantization=self.requested.quantization,
             ),
             num_kv_blocks=size.num_blocks,
             supports_prefix_caching=supports_prefix_caching,
@@ -171,13 +191,14 @@ def _paged_runner(
     loaded: _Loaded,
     backend: AttentionBackend[Any, Any],
     shapes: Mapping[int, LayerShape],
+    direct: Forward | None,
     on_progress: Callable[[str, float], None],
 ) -> ModelRunner:
     on_progress("allocating KV cache", 0.0)
     cache, network = loaded.cache, loaded.network
     bytes_per_block = sum(backend.bytes_per_block(shape) for shape in shapes.values())
     size = loaded.size_cache(bytes_per_block, _budget_bytes(loaded, backend, shapes))
-    paged = PagedModel(network, backend, size.num_blocks, shapes)
+    paged = PagedModel(network, backend, size.num_blocks, shapes, direct)
     facts = loaded.facts(size, f"paged {backend.name}", supports_prefix_caching=True)
     # Only where the number of threads changes no result, and nobody has asked for a number.
     free_to_choose = isinstance(backend, CpuAttention) and loaded.requested.num_threads is None

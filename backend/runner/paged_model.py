@@ -6,7 +6,7 @@ the order of layers stay theirs. A step is one flattened sequence `[1, num_token
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,8 @@ IGNORED_KEYWORDS = frozenset(
     {"dropout", "position_ids", "cache_position", "use_cache", "output_router_logits"}
 )
 
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 # The model whose forward is running. Not a keyword argument of that forward: not every
 # architecture hands its keyword arguments on to its attention layers.
 _running: "PagedModel | None" = None
@@ -47,6 +49,8 @@ class PagedModel:
         num_blocks: of every layer's cache.
         shapes: by layer index. Layers that are not in it get their cache when they are first
             called, which is how shapes are found out.
+        direct: computes what the model does, in fewer words: [num_tokens] token ids and positions,
+            and the rows whose logits are wanted, to these, in float32.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class PagedModel:
         backend: AttentionBackend[Any, Any],
         num_blocks: int,
         shapes: Mapping[int, LayerShape] | None = None,
+        direct: Forward | None = None,
     ) -> None:
         self._model = model
+        self._direct = direct
         self._backend = backend
         self._num_blocks = num_blocks
         self._device = model.device
@@ -78,13 +84,18 @@ class PagedModel:
         Returns:
             [len(batch.logit_rows), vocab], float32. No rows, when none is wanted.
         """
-        token_ids = to_device(batch.token_ids, self._device)[None]
-        positions = to_device(batch.positions, self._device)[None]
+        token_ids = to_device(batch.token_ids, self._device)
+        positions = to_device(batch.positions, self._device)
         rows = to_device(batch.logit_rows, self._device)
         options = {"logits_to_keep": rows} if self._keeps_logits else {}
         with self.step(batch):
+            if self._direct is not None:
+                return self._direct(token_ids, positions, rows)
             output = self._model(
-                input_ids=token_ids, position_ids=positions, use_cache=False, **options
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                **options,
             )
         logits: torch.Tensor = output.logits[0]
         return (logits if self._keeps_logits else logits[rows]).float()

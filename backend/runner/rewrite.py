@@ -6,7 +6,8 @@ unknown subclass with an extra multiplier is left as it was, and nothing else is
 with architectures that nobody here has heard of.
 
 Weights are packed one layer after another, and the originals are dropped as they are packed: a
-start needs little more memory than the packed weights.
+start needs little more memory than the packed weights. Quantisation comes after verification,
+which it would blur: what is quantised is a replacement that was right before.
 """
 
 import logging
@@ -17,19 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from footplate.backend.kernels.decoder_layer import DecoderLayer
 from footplate.backend.kernels.ops import (
     Activation,
     Kernels,
     NormWeight,
     PackedGatedMLP,
     PackedLinear,
+    Quantization,
 )
 from footplate.backend.runner.attention_backend import (
     AttentionBackend,
     AttentionOptions,
     LayerShape,
 )
+from footplate.backend.runner.direct_forward import DirectForward, direct_forward_of
 from footplate.backend.runner.fused_layer import PROJECTIONS, FusedLayer, looks_fusible
+from footplate.backend.runner.mapped_weights import MappedWeights
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import short_batch
 from footplate.backend.runner.recording import Recording, record_calls, relative_error
@@ -54,6 +59,16 @@ ACTIVATIONS: dict[str, Activation] = {
     "PytorchGELUTanh": "gelu_tanh",
 }
 
+# Outputs of a linear layer that are looked at before it is quantised.
+VERIFIED_OUTPUTS = 4096
+
+# What eight bits per weight do to an embedding, with room: 0.7 % where weights are normal.
+QUANTISED_EMBEDDING_ERROR = 0.05
+
+# A matrix with so few outputs per input, such as the router of experts, is a small part of the
+# weights, and errors in it decide between experts.
+FEW_OUTPUTS = 1 / 8
+
 Replacement = Callable[..., torch.Tensor]
 
 
@@ -63,27 +78,41 @@ def rewrite_model(
     backend: AttentionBackend[Any, Any],
     shapes: Mapping[int, LayerShape],
     block_size: int,
-) -> None:
+    quantization: Quantization | None = None,
+) -> DirectForward | None:
     """Put `kernels` under a model that runs on `backend`.
 
     Args:
         shapes: what each layer caches, by layer index.
+        quantization: of the linear layers; "int4" leaves the last one, whose errors are those
+            of the logits, with 8 bits.
+
+    Returns:
+        What computes the same logits as the rewritten model, if every part of it is ours.
     """
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     batch, num_blocks = short_batch(vocab_size, block_size)
     paged = PagedModel(model, backend, num_blocks, shapes)
-    with record_calls(model) as recording:
+    mapped = MappedWeights()
+    with record_calls(model) as recording, mapped.released_after_use(model):
         paged.forward(batch)
 
     def in_step(call: Callable[[], torch.Tensor]) -> torch.Tensor:
         with paged.step(batch):
             return call()
 
-    rewriter = Rewriter(kernels, model, recording, paged.options, in_step)
+    rewriter = Rewriter(kernels, model, recording, paged.options, in_step, mapped, quantization)
     rewriter.run()
     logger.info("on %s kernels: %s", kernels.instruction_set, dict(rewriter.num_replaced))
     if rewriter.left_alone:
         logger.info("left as they were, for they compute otherwise: %s", rewriter.left_alone)
+    direct = direct_forward_of(model, rewriter.head)
+    if direct is not None:
+        expected = paged.forward(batch)
+        got = PagedModel(model, backend, num_blocks, shapes, direct).forward(batch)
+        if not torch.equal(got, expected):
+            direct = None
+    return direct
 
 
 class Rewriter:
@@ -94,9 +123,12 @@ class Rewriter:
         options: how each layer attends.
         in_step: calls a function as a part of the recorded step, so that attention finds its
             cache.
+        mapped: takes back the pages of weights that are not needed any more.
+        quantization: see `rewrite_model`.
 
     Attributes:
         num_replaced: modules, by kind.
+        head: what was put in the place of the last layer, if anything was.
         left_alone: names of modules that look like one of ours and compute something else.
     """
 
@@ -107,17 +139,21 @@ class Rewriter:
         recording: Recording,
         options: Mapping[int, AttentionOptions],
         in_step: Callable[[Callable[[], torch.Tensor]], torch.Tensor],
+        mapped: MappedWeights,
+        quantization: Quantization | None,
     ) -> None:
         self.num_replaced: Counter[str] = Counter()
+        self.head: PackedLinear | None = None
         self.left_alone: list[str] = []
         self._kernels = kernels
         self._model = model
         self._recording = recording
         self._options = options
         self._in_step = in_step
+        self._quantization = quantization
         self._tolerance = TOLERANCE[model.dtype]
+        self._mapped = mapped
         self._done: set[nn.Module] = set()
-        self._tied: PackedLinear | None = None
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -145,6 +181,7 @@ class Rewriter:
         for part in module.modules():
             self._done.add(part)
             if isinstance(part, nn.Linear) and part.weight is not self._tied_weight():
+                self._mapped.release(part.weight)
                 part.weight = nn.Parameter(part.weight.new_empty(0), requires_grad=False)
 
     def _matches(self, module: nn.Module, replacement: Replacement) -> bool:
@@ -156,13 +193,32 @@ class Rewriter:
 
     def _replace_linear(self, module: nn.Module) -> bool:
         assert isinstance(module, nn.Linear)
-        packed = PackedLinear(self._kernels, module.weight, module.bias)
-        if not self._matches(module, packed):
-            return False
-        if module.weight is self._tied_weight():
-            self._tied = packed
+        quantization = self._quantization_of(module)
+        if quantization is None:
+            packed = PackedLinear(self._kernels, module.weight, module.bias)
+            if not self._matches(module, packed):
+                return False
+        else:
+            # Is it what it seems to be? A part is enough to see, and the whole, which may be the
+            # largest matrix of the model, would need its memory twice.
+            some = slice(0, VERIFIED_OUTPUTS)
+            bias = None if module.bias is None else module.bias[some]
+            part = PackedLinear(self._kernels, module.weight[some], bias)
+            call = self._recording[module]
+            if relative_error(part(*call.args), call.output[..., some]) > self._tolerance:
+                return False
+            packed = PackedLinear(self._kernels, module.weight, module.bias, quantization)
+        if module is self._model.get_output_embeddings():
+            self.head = packed
         self._install(module, packed)
         return True
+
+    def _quantization_of(self, module: nn.Linear) -> Quantization | None:
+        if module.out_features <= FEW_OUTPUTS * module.in_features:
+            return None
+        if self._quantization and module is self._model.get_output_embeddings():
+            return "int8"
+        return self._quantization
 
     def _replace_norm(self, module: nn.Module) -> bool:
         norm = self._norm_of(module)
@@ -190,10 +246,15 @@ class Rewriter:
         mlp = self._mlp_of(module)
         if mlp is None or not self._matches(module, mlp):
             return False
+        if self._quantization:
+            mlp = self._mlp_of(module, self._quantization)
+            assert mlp
         self._install(module, mlp)
         return True
 
-    def _mlp_of(self, module: Any) -> PackedGatedMLP | None:
+    def _mlp_of(
+        self, module: Any, quantization: Quantization | None = None
+    ) -> PackedGatedMLP | None:
         activation = ACTIVATIONS.get(type(module.act_fn).__name__)
         if activation is None:
             return None
@@ -202,55 +263,68 @@ class Rewriter:
             self._kernels,
             gate.weight,
             up.weight,
-            PackedLinear(self._kernels, down.weight, down.bias),
+            PackedLinear(self._kernels, down.weight, down.bias, quantization),
             activation,
             gate.bias,
             up.bias,
+            quantization,
         )
 
     # ---- whole layers
 
     def _replace_layer(self, layer: Any) -> bool:
-        attention, recorded = layer.self_attn, self._recording
-        parts = (layer.input_layernorm, attention, layer.post_attention_layernorm, layer.mlp)
-        if any(part not in recorded for part in parts) or not _looks_gated(layer.mlp):
-            return False
-        head_norms = [
-            self._norm_of(norm) if (norm := getattr(attention, name, None)) is not None else None
-            for name in ("q_norm", "k_norm")
-        ]
-        missing_norm = any(
-            getattr(attention, name, None) is not None and norm is None
-            for name, norm in zip(("q_norm", "k_norm"), head_norms, strict=True)
+        parts = (
+            layer.input_layernorm,
+            layer.self_attn,
+            layer.post_attention_layernorm,
+            layer.mlp,
         )
+        if any(part not in self._recording for part in parts) or not _looks_gated(layer.mlp):
+            return False
+        fused = self._fused(layer)
+        if fused is None or not self._layer_matches(layer, fused):
+            return False
+        if self._quantization:
+            fused = self._fused(layer, self._quantization)
+            assert fused
+        self._install(layer, fused)
+        return True
+
+    def _fused(self, layer: Any, quantization: Quantization | None = None) -> FusedLayer | None:
+        attention = layer.self_attn
+        head_norms = []
+        for name in ("q_norm", "k_norm"):
+            module = getattr(attention, name, None)
+            norm = None if module is None else self._norm_of(module)
+            if module is not None and norm is None:
+                return None
+            head_norms.append(norm)
         input_norm = self._norm_of(layer.input_layernorm)
         mlp_norm = self._norm_of(layer.post_attention_layernorm)
-        mlp = self._mlp_of(layer.mlp)
+        mlp = self._mlp_of(layer.mlp, quantization)
         options = self._options.get(attention.layer_idx)
-        if missing_norm or None in (input_norm, mlp_norm, mlp, options):
-            return False
-        assert input_norm and mlp_norm and mlp and options
-        projections = [getattr(attention, name) for name in PROJECTIONS]
-        fused = FusedLayer(
+        if input_norm is None or mlp_norm is None or mlp is None or options is None:
+            return None
+        *qkv, output = [getattr(attention, name) for name in PROJECTIONS]
+        if not all(map(DecoderLayer.supports, (mlp.k, mlp.down.k, output.in_features))):
+            return None
+        return FusedLayer(
             self._kernels,
             attention.layer_idx,
             options,
             input_norm=input_norm,
             qkv=PackedLinear(
                 self._kernels,
-                [p.weight for p in projections[:3]],
-                None if projections[0].bias is None else [p.bias for p in projections[:3]],
+                [p.weight for p in qkv],
+                None if qkv[0].bias is None else [p.bias for p in qkv],
+                quantization,
             ),
             query_norm=head_norms[0],
             key_norm=head_norms[1],
-            output=PackedLinear(self._kernels, projections[3].weight, projections[3].bias),
+            output=PackedLinear(self._kernels, output.weight, output.bias, quantization),
             mlp_norm=mlp_norm,
             mlp=mlp,
         )
-        if not self._layer_matches(layer, fused):
-            return False
-        self._install(layer, fused)
-        return True
 
     def _layer_matches(self, layer: Any, fused: FusedLayer) -> bool:
         """Attention and MLP are compared by themselves: in the sum with the residual stream,
@@ -284,11 +358,14 @@ class Rewriter:
     def _share_embedding(self) -> None:
         """Look embeddings up in the packed last layer, instead of keeping the weight twice."""
         embedding = self._model.get_input_embeddings()
-        if self._tied is None or type(embedding) is not nn.Embedding:
+        is_tied = self._tied_weight() is not None
+        if self.head is None or not is_tied or type(embedding) is not nn.Embedding:
             return
         call = self._recording[embedding]
-        if torch.equal(self._tied.rows(call.args[0]), call.output):
-            self._install(embedding, self._tied.rows)
+        error = relative_error(self.head.rows(call.args[0]), call.output)
+        if error <= (QUANTISED_EMBEDDING_ERROR if self._quantization else 0):
+            self._install(embedding, self.head.rows)
+            self._mapped.release(embedding.weight)
             empty = nn.Parameter(embedding.weight.new_empty(0), requires_grad=False)
             embedding.weight = self._model.get_output_embeddings().weight = empty
 

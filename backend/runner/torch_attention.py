@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from footplate.backend.kernels.lazy_memory import lazily_zeroed
+from footplate.backend.kernels.large_memory import zeroed
 from footplate.backend.runner.attention_backend import AttentionOptions, LayerShape
 from footplate.backend.runner.batch import RaggedBatch
 from footplate.backend.runner.torch_step import ChunkGroup, TorchStep
@@ -58,7 +58,7 @@ class TorchAttention:
         shape = (num_blocks, self._block_size, heads, size)
         if self._device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=self._device)
-        return lazily_zeroed(shape, dtype)
+        return zeroed(shape, dtype)
 
     def begin_step(self, batch: RaggedBatch) -> TorchStep:
         """See `AttentionBackend`."""

@@ -42,7 +42,7 @@ from footplate.protocol.messages import (
 from footplate.protocol.params import TokenParams
 
 PARAMS = TokenParams(0.5, 1.0, 0, 0.0, 7, 3, 0, (2,))
-FACTS = ModelFacts("m", "t", "A", 10, 20, (2,), "float32", "cpu", "paged torch", 5)
+FACTS = ModelFacts("m", "t", "A", 10, 20, (2,), "float32", "cpu", "paged torch", 5, "int8")
 LIMITS = Limits(256, 512, "fcfs", 16, 100, True)
 STATS = Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
 
@@ -62,8 +62,9 @@ GOLDEN_CLIENT: list[tuple[Message, str]] = [
 GOLDEN_CORE: list[tuple[Message, str]] = [
     (
         Welcome(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
-        "97a777656c636f6d65099201009aa16da174a1410a149102a7666c6f61743332a3637075ab706167656420"
-        "746f7263680596cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe0000000000000",
+        "97a777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab706167656420"
+        "746f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe00000"
+        "00000000",
     ),
     (
         Progress("loading weights", 0.25),

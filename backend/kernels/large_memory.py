@@ -1,0 +1,35 @@
+"""Large zeroed memory that costs nothing until it is used, and little when it is.
+
+The operating system hands out zeroed pages when they are first touched, each for the price of an
+interrupt: in a virtual machine 10 us for 4 KiB, a quarter of the time of a prompt whose keys and
+values go to fresh memory. In huge pages of 2 MiB, where the system has them, that is gone.
+"""
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+CACHE_LINE_BYTES = 64
+HUGE_PAGE_BYTES = 2**21
+
+
+def zeroed(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A zeroed CPU tensor that begins on a cache line, and on a huge page if it fills one.
+
+    torch.zeros writes all of it at once, 1.3 s per GiB, also the part that nobody ever uses.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = np.zeros(num_bytes + CACHE_LINE_BYTES, dtype=np.uint8)
+        start = -memory.ctypes.data % CACHE_LINE_BYTES
+    else:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=flags)
+        memory = np.frombuffer(pages, dtype=np.uint8)
+        start = -memory.ctypes.data % HUGE_PAGE_BYTES
+        # No huge page for the rest behind the last whole one: most of it would lie idle.
+        pages.madvise(mmap.MADV_HUGEPAGE, start, num_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(*shape)

@@ -1,0 +1,61 @@
+"""Gives back the memory of weights that were read from a mapped file.
+
+A checkpoint is mapped, not read: its pages take memory from the moment they are first touched
+until the whole file is unmapped, and a few small tensors keep it mapped for ever. Pages that are
+given back are clean copies of the file. Touched again they come back from it.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import nn
+
+_MADV_DONTNEED = 4  # Linux, on every architecture
+
+
+class MappedWeights:
+    """Knows which addresses of this process are weight files.
+
+    Elsewhere than on Linux it knows of none, and gives nothing back.
+    """
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        with suppress(OSError), open("/proc/self/maps") as maps:
+            for line in maps:
+                if line.rstrip().endswith(".safetensors"):
+                    start, end = line.split(None, 1)[0].split("-")
+                    self._ranges.append((int(start, 16), int(end, 16)))
+        self._madvise = ctypes.CDLL(None).madvise if self._ranges else None
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Give back the whole pages of `tensor`, if they are a file's.
+
+        Its numbers stay what they are, at the price of reading them again.
+        """
+        if self._madvise is None or not tensor.is_contiguous():
+            return
+        page = mmap.PAGESIZE
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        first, last = -(-start // page) * page, end // page * page
+        # Anything but a file's clean pages would be lost.
+        if first < last and any(low <= first and last <= high for low, high in self._ranges):
+            self._madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+    @contextmanager
+    def released_after_use(self, model: nn.Module) -> Iterator[None]:
+        """Each module that is called within the context gives its own weights back afterwards."""
+
+        def release(module: nn.Module, args: object, output: object) -> None:
+            for weight in module.parameters(recurse=False):
+                self.release(weight)
+
+        hooks = [module.register_forward_hook(release) for module in model.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
