@@ -24,8 +24,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 import uvloop
 from cyclopts import App, Parameter
-from peer import Job
-from peer_process import SCRIPTS, PeerError, peer_command, records_of, run_peer, work_of
 from tqdm import tqdm
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, SamplingParams
@@ -35,6 +33,8 @@ from footplate.frontend.benchmark.summary import RequestRecord, count_equal, sum
 from footplate.frontend.benchmark.workload import LengthRange, WorkItem, Workload, make_work
 from footplate.protocol.errors import FootplateError
 from footplate.protocol.messages import ModelFacts, Stats
+from peer import Job
+from peer_process import SCRIPTS, PeerError, peer_command, records_of, run_peer, work_of
 
 # Will not come up in random text, and so has to be looked for in all of it.
 STOP_STRINGS = ["\N{SNOWMAN} never \N{COMET}", "\n\nThe End of the Benchmark"]

@@ -23,8 +23,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
-from benchmark import make_random_model
 from cyclopts import App, Parameter
+
+from benchmark import make_random_model
+from footplate.frontend import EngineArgs
+from footplate.frontend.benchmark.comparison import comparison_table, medians, ratios, turns
+from footplate.frontend.benchmark.report import environment, num_cores
+from footplate.frontend.benchmark.summary import RequestRecord, count_equal, summarize
+from footplate.frontend.benchmark.workload import LengthRange, Workload, make_work
+from footplate.protocol.errors import FootplateError
 from peer import Job
 from peer_process import (
     SCRIPTS,
@@ -35,13 +42,6 @@ from peer_process import (
     run_peer,
     work_of,
 )
-
-from footplate.frontend import EngineArgs
-from footplate.frontend.benchmark.comparison import comparison_table, medians, ratios, turns
-from footplate.frontend.benchmark.report import environment, num_cores
-from footplate.frontend.benchmark.summary import RequestRecord, count_equal, summarize
-from footplate.frontend.benchmark.workload import LengthRange, Workload, make_work
-from footplate.protocol.errors import FootplateError
 
 OURS = "footplate"
 WARMUP_TOKENS = 4

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from importlib import metadata
 
 import uvloop
-from peer import Engine, Job, Output, Work, main
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, SamplingParams
 from footplate.frontend.benchmark.driver import run_work
 from footplate.frontend.benchmark.workload import WorkItem
+from peer import Engine, Job, Output, Work, main
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, detokenize=False)
 

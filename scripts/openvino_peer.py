@@ -14,6 +14,7 @@ import numpy
 import openvino
 import openvino_genai
 from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, SchedulerConfig
+
 from peer import Engine, Job, Output, Work, main
 
 PRECISIONS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-from peer import Job, Result, Work
 
 from footplate.frontend.benchmark.summary import RequestRecord
 from footplate.frontend.benchmark.workload import WorkItem
+from peer import Job, Result, Work
 
 SCRIPTS = Path(__file__).resolve().parent
 _SHOWN_LINES = 20

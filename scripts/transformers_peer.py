@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
-from peer import Engine, Job, Output, Work, main
 from transformers import AutoModelForCausalLM, StoppingCriteria
 from transformers.utils import logging
+
+from peer import Engine, Job, Output, Work, main
 
 
 class _Clock(StoppingCriteria):
