@@ -264,13 +264,16 @@ def all_contenders(
     if options.transformers:
         batching = {"batch_size": MAX_STATIC_BATCH}
         found.append(Contender("transformers", peer_command("transformers"), batching))
+    # Of the engines that have one: how much of a prompt delays everybody's next token.
+    budget = {"max_num_batched_tokens": engine_args.max_num_batched_tokens}
     if options.vllm_python:
-        found.append(Contender("vllm", peer_command("vllm", str(options.vllm_python)), {}))
+        found.append(Contender("vllm", peer_command("vllm", str(options.vllm_python)), budget))
     if options.openvino_python:
         command = peer_command("openvino", str(options.openvino_python))
         properties = dict(text.split("=", 1) for text in options.openvino_property)
         for name, ir in openvino_models(options, model).items():
-            found.append(Contender(name, command, {"ir": str(ir), "properties": properties}))
+            own = {"ir": str(ir), "properties": properties}
+            found.append(Contender(name, command, budget | own))
     for file in options.gguf:
         name = "llama.cpp" if len(options.gguf) == 1 else f"llama.cpp {file.stem}"
         files = {"server": str(options.llama_server), "gguf": str(file.resolve())}

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A peer: OpenVINO GenAI's continuous batching on the CPU.
 
-Options: ir (folder of the model, see openvino_convert.py), properties (of the device, by name; they
-replace those set here).
+Options: ir (folder of the model, see openvino_convert.py), max_num_batched_tokens (of a step),
+properties (of the device, by name; they replace those set here).
 """
 
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ def start(job: Job) -> Iterator[Engine]:
     scheduler = SchedulerConfig()
     scheduler.enable_prefix_caching = False
     scheduler.max_num_seqs = len(job.work.prompts)
+    scheduler.max_num_batched_tokens = job.options["max_num_batched_tokens"]
     scheduler.num_kv_blocks = max(_num_blocks(job.warmup), _num_blocks(job.work))
     properties = {
         "INFERENCE_NUM_THREADS": job.threads,
@@ -56,7 +57,11 @@ def start(job: Job) -> Iterator[Engine]:
 
 
 def _greedy(max_tokens: int) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=max_tokens, do_sample=False, ignore_eos=True)
+    # A model without such a token, or a tokenizer to know it, would be given an invalid one: any
+    # will do, as it is ignored.
+    return GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, ignore_eos=True, eos_token_id=0
+    )
 
 
 def _num_blocks(work: Work) -> int:

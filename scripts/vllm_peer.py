@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""A peer: vLLM's AsyncLLM, on whatever device that vLLM was built for. No options.
+"""A peer: vLLM's AsyncLLM, on whatever device that vLLM was built for.
 
-On CPUs it takes VLLM_CPU_KVCACHE_SPACE (GiB) from the environment, 4 if not given.
+Options: max_num_batched_tokens (of a step). On CPUs it takes VLLM_CPU_KVCACHE_SPACE (GiB) from the
+environment, 4 if not given.
 """
 
 import asyncio
@@ -34,6 +35,7 @@ def start(job: Job) -> Iterator[Engine]:
         enable_prefix_caching=False,
         max_model_len=max(job.warmup.lengths + job.work.lengths),
         max_num_seqs=len(job.work.prompts),
+        max_num_batched_tokens=job.options["max_num_batched_tokens"],
         generation_config="vllm",
         disable_log_stats=True,
     )

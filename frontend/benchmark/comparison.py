@@ -74,14 +74,13 @@ def comparison_table(rounds: Sequence[Round], engines: Sequence[str], ours: str)
         results = medians(rounds, engine)
         cells = [_cell(form, results.get(key)) for key, _, form in _METRICS]
         lines.append(_line(engine, cells, width, 14))
-    lines += ["", f"Ratio of {ours} to"]
-    lines.append(_line("", [head.removesuffix(" ms") for _, head, _ in _RATIOS], width, 20))
-    for engine in engines:
-        if engine != ours:
-            found = ratios(rounds, ours, engine)
-            lines.append(
-                _line(engine, [str(found.get(key, "-")) for key, *_ in _RATIOS], width, 20)
-            )
+    others = [engine for engine in engines if engine != ours]
+    if others:
+        lines += ["", f"Ratio of {ours} to"]
+        lines.append(_line("", [head.removesuffix(" ms") for _, head, _ in _RATIOS], width, 20))
+    for engine in others:
+        found = ratios(rounds, ours, engine)
+        lines.append(_line(engine, [str(found.get(key, "-")) for key, *_ in _RATIOS], width, 20))
     return "\n".join(lines)
 
 

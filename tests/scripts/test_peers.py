@@ -165,7 +165,12 @@ def test_openvino_has_room_for_all_requests_and_no_prefix_cache(
     monkeypatch.setitem(sys.modules, "openvino_genai", genai)
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=list))
     peer = load_script("peer")
-    job = make_job(peer, ir="folder", properties={"INFERENCE_PRECISION_HINT": "f32"})
+    job = make_job(
+        peer,
+        ir="folder",
+        max_num_batched_tokens=64,
+        properties={"INFERENCE_PRECISION_HINT": "f32"},
+    )
     result = peer.run(job, load_script("openvino_peer").start)
     assert_is_done(result)
     assert result.outputs[0].token_ids == [4, 3, 2, 1]
@@ -174,6 +179,7 @@ def test_openvino_has_room_for_all_requests_and_no_prefix_cache(
     assert made.properties == {"INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": "f32"}
     assert made.scheduler.enable_prefix_caching is False
     assert made.scheduler.max_num_seqs == 2
+    assert made.scheduler.max_num_batched_tokens == 64
     assert made.scheduler.num_kv_blocks >= 2
 
 
@@ -184,6 +190,7 @@ class ScriptedAsyncLLM:
     def from_engine_args(cls, args: Any) -> "ScriptedAsyncLLM":
         assert args.model == "model"
         assert args.max_model_len == 7
+        assert args.max_num_batched_tokens == 64
         assert not args.enable_prefix_caching
         return cls()
 
@@ -213,7 +220,7 @@ def test_vllm_streams_every_request(load_script: Load, monkeypatch: pytest.Monke
     for variable in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"):
         monkeypatch.setenv(variable, "")  # put back as it was, whatever the peer sets
     peer = load_script("peer")
-    result = peer.run(make_job(peer), load_script("vllm_peer").start)
+    result = peer.run(make_job(peer, max_num_batched_tokens=64), load_script("vllm_peer").start)
     assert_is_done(result)
     assert result.outputs[0].token_ids == [0, 1, 2, 3]
     assert result.version == "vllm scripted"

@@ -55,3 +55,7 @@ def test_the_table_has_a_line_per_engine_and_one_per_ratio() -> None:
     assert lines[4] == ["Ratio", "of", "ours", "to"]
     assert lines[6] == ["theirs", "2.50", "(2.00-3.00)", "-", "-", "-", "-"]
     assert len(lines) == 7
+
+
+def test_one_engine_alone_has_nobody_to_be_compared_with() -> None:
+    assert "Ratio" not in comparison_table([rates(ours=1.0)], ["ours"], "ours")
