@@ -12,20 +12,17 @@ start; decoding is greedy, and no token ends an output. Other options go to Foot
 """
 
 import dataclasses
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cyclopts import App, Parameter
 
 from benchmark import make_random_model
+from contenders import OURS, Contender, Listed, ModelFolder, Peers, all_contenders, check
 from footplate.frontend import EngineArgs
 from footplate.frontend.benchmark.comparison import comparison_table, medians, ratios, turns
 from footplate.frontend.benchmark.report import environment, num_cores
@@ -33,22 +30,9 @@ from footplate.frontend.benchmark.summary import RequestRecord, count_equal, sum
 from footplate.frontend.benchmark.workload import LengthRange, Workload, make_work
 from footplate.protocol.errors import FootplateError
 from peer import Job
-from peer_process import (
-    SCRIPTS,
-    PeerError,
-    peer_command,
-    records_of,
-    require_package,
-    run_peer,
-    work_of,
-)
+from peer_process import PeerError, records_of, run_peer, work_of
 
-OURS = "footplate"
 WARMUP_TOKENS = 4
-MAX_STATIC_BATCH = 32
-
-# Given several times, they make a list; there is no option for an empty one.
-Listed = Parameter(negative=())
 
 app = App(name="compare.py", help=__doc__, help_format="plaintext")
 
@@ -56,7 +40,7 @@ app = App(name="compare.py", help=__doc__, help_format="plaintext")
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to compare, and with what."""
+    """What to compare."""
 
     work: Annotated[tuple[str, ...], Listed] = ("1x128x128", "32x128x64")
     """Requests x tokens in x tokens out; lengths may be uniform ranges: 32x64:256x128. May be given
@@ -71,82 +55,11 @@ class Options:
     random_model: Literal["llama-tiny", "llama-160m", "qwen3-0.6b"] | None = None
     """A model of this shape with random weights, made once; instead of --model FOLDER."""
 
-    transformers: bool = False
-    """Compare with transformers' `generate`, in static batches."""
-
-    vllm_python: Path | None = None
-    """Compare with vLLM: the Python of an environment that has it."""
-
-    openvino_python: Path | None = None
-    """Compare with OpenVINO GenAI: the Python of an environment that has it."""
-
-    openvino_weights: Annotated[tuple[Literal["fp", "int8", "int4"], ...], Listed] = ()
-    """As what the weights are kept: as they are (fp, if not given), or quantised. May be given
-    several times. The model is converted once, into the user's cache folder, by optimum-intel in
-    that environment."""
-
-    openvino_model: Path | None = None
-    """A converted model, instead of --openvino-weights."""
-
-    openvino_property: Annotated[tuple[str, ...], Listed] = ()
-    """NAME=VALUE for OpenVINO's CPU device, such as KV_CACHE_PRECISION=bf16. May be given several
-    times."""
-
-    llama_server: Path | None = None
-    """Compare with llama.cpp: its server program, along with --gguf."""
-
-    gguf: Annotated[tuple[Path, ...], Listed] = ()
-    """The model for llama.cpp, its weights in whatever format the file has them. May be given
-    several times."""
-
     timeout_s: float = 1800.0
     """Longest turn."""
 
     json: Path | None = None
     """Write the results of all rounds here."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """What peers and prompts need to know of a model."""
-
-    path: Path
-    vocab_size: int
-    max_len: int
-    dtype: str
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """From its config.json.
-
-        Raises:
-            ValueError: there is none, or it is no language model's.
-        """
-        try:
-            config = msgspec.json.decode((path / "config.json").read_bytes())
-            text = config.get("text_config", config)
-            dtype = text.get("dtype") or config.get("dtype") or config.get("torch_dtype")
-            return cls(
-                path.resolve(),
-                text["vocab_size"],
-                text["max_position_embeddings"],
-                dtype or "float32",
-            )
-        except OSError:
-            raise ValueError(
-                f"{path} is no folder with a config.json: give --model FOLDER or --random-model"
-            ) from None
-        except (msgspec.DecodeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path / 'config.json'} is no language model's: {error}") from None
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An engine as this script starts it."""
-
-    name: str
-    command: list[str]
-    options: dict[str, Any]
 
 
 @dataclass
@@ -170,13 +83,14 @@ class Comparison:
 @app.default
 def main(
     options: Options = Options(),
+    peers: Peers = Peers(),  # noqa: B008
     engine_args: Annotated[EngineArgs, Parameter(name="*")] = EngineArgs(),  # noqa: B008
 ) -> int:
     """Compare Footplate with other engines: the same work, the same threads, in turn."""
     if options.rounds < 1:
         raise ValueError(f"--rounds {options.rounds}: must be at least 1")
     workloads = {text: parse_work(text, options.seed) for text in options.work}
-    check_peers(options)
+    check(peers)
     if options.random_model:
         folder = make_random_model(options.random_model, engine_args.dtype)
         engine_args = dataclasses.replace(engine_args, model=folder)
@@ -191,7 +105,7 @@ def main(
             )
     engine_args = dataclasses.replace(engine_args, threads=engine_args.threads or num_cores())
     where = environment()  # before the rounds, so that the load average is not our own
-    contenders = all_contenders(options, engine_args, model)
+    contenders = all_contenders(peers, engine_args, model)
     compared = []
     for text, workload in workloads.items():
         job = make_job(model, engine_args, workload)
@@ -200,7 +114,7 @@ def main(
         compare(contenders, job, options.rounds, options.timeout_s, comparison)
         report(comparison, model, engine_args, workload.num_prompts)
         if options.json:  # what was measured is kept, whatever happens next
-            result = as_json(options, engine_args, model, compared) | {"environment": where}
+            result = as_json(options, peers, engine_args, model, compared) | {"environment": where}
             encoded = msgspec.json.encode(result, enc_hook=str)
             options.json.write_bytes(msgspec.json.format(encoded) + b"\n")
     return 1 if any(comparison.failures for comparison in compared) else 0
@@ -220,93 +134,12 @@ def parse_work(text: str, seed: int) -> Workload:
     return Workload(count, LengthRange.parse(input_len), LengthRange.parse(output_len), seed=seed)
 
 
-def check_peers(options: Options) -> None:
-    """Whatever is missing is said before anything is measured.
-
-    Raises:
-        ValueError: it is.
-    """
-    if options.vllm_python:
-        require_package(options.vllm_python, "vllm", "vllm")
-    if options.openvino_python:
-        require_package(options.openvino_python, "openvino_genai", "openvino-genai")
-        if not options.openvino_model:
-            require_package(options.openvino_python, "optimum", "'optimum-intel[nncf]'")
-        elif options.openvino_weights:
-            raise ValueError("--openvino-model has its weights: leave --openvino-weights away")
-        elif not (options.openvino_model / "openvino_model.xml").is_file():
-            raise ValueError(f"{options.openvino_model} is no folder with an openvino_model.xml")
-    elif options.openvino_model or options.openvino_weights or options.openvino_property:
-        raise ValueError("OpenVINO needs --openvino-python")
-    for text in options.openvino_property:
-        if "=" not in text:
-            raise ValueError(f"--openvino-property {text}: write NAME=VALUE")
-    if bool(options.llama_server) != bool(options.gguf):
-        raise ValueError("llama.cpp needs both --llama-server and --gguf")
-    if options.llama_server and not shutil.which(options.llama_server):
-        raise ValueError(f"--llama-server {options.llama_server}: no such program")
-    for file in options.gguf:
-        if not file.is_file():
-            raise ValueError(f"--gguf {file}: no such file")
-    if not (options.transformers or options.vllm_python or options.openvino_python or options.gguf):
-        raise ValueError(
-            "nothing to compare with: give --transformers, --vllm-python, --openvino-python, or "
-            "--llama-server and --gguf"
-        )
-
-
-def all_contenders(
-    options: Options, engine_args: EngineArgs, model: ModelFolder
-) -> list[Contender]:
-    """Footplate and the engines that were asked for."""
-    ours = dataclasses.asdict(engine_args) | {"model": str(model.path)}
-    found = [Contender(OURS, peer_command("footplate"), {"engine_args": ours})]
-    if options.transformers:
-        batching = {"batch_size": MAX_STATIC_BATCH}
-        found.append(Contender("transformers", peer_command("transformers"), batching))
-    # Of the engines that have one: how much of a prompt delays everybody's next token.
-    budget = {"max_num_batched_tokens": engine_args.max_num_batched_tokens}
-    if options.vllm_python:
-        found.append(Contender("vllm", peer_command("vllm", str(options.vllm_python)), budget))
-    if options.openvino_python:
-        command = peer_command("openvino", str(options.openvino_python))
-        properties = dict(text.split("=", 1) for text in options.openvino_property)
-        for name, ir in openvino_models(options, model).items():
-            own = {"ir": str(ir), "properties": properties}
-            found.append(Contender(name, command, budget | own))
-    for file in options.gguf:
-        name = "llama.cpp" if len(options.gguf) == 1 else f"llama.cpp {file.stem}"
-        files = {"server": str(options.llama_server), "gguf": str(file.resolve())}
-        found.append(Contender(name, peer_command("llama_server"), files))
-    return found
-
-
-def openvino_models(options: Options, model: ModelFolder) -> dict[str, Path]:
-    """By the engine's name, the folders of OpenVINO's form of the model, made now if need be."""
-    if options.openvino_model:
-        return {"openvino": options.openvino_model.resolve()}
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "footplate/openvino"
-    # Another model may be put in the same place: its weights are then of another time.
-    weights = sorted(model.path.glob("*.safetensors"))
-    stamp = repr([(str(file), file.stat().st_mtime_ns) for file in weights])
-    key = f"{model.path.name}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
-    folders = {}
-    for form in options.openvino_weights or ("fp",):
-        folder = folders[f"openvino {form}"] = cache / f"{key}-{form}"
-        if not folder.exists():
-            print(f"Converting {model.path.name} for OpenVINO, {form}", file=sys.stderr)
-            assert options.openvino_python
-            command = [options.openvino_python, SCRIPTS / "openvino_convert.py"]
-            if subprocess.run([*command, model.path, form, folder], stdout=sys.stderr).returncode:
-                raise ValueError(f"{model.path} could not be converted for OpenVINO, see above")
-    return folders
-
-
 def make_job(model: ModelFolder, engine_args: EngineArgs, workload: Workload) -> Job:
     """The same for all. The warm-up has the measured number and lengths of prompts, so that
     whatever an engine prepares by shape it has prepared, and other tokens: none are cached."""
+    output_len = min(WARMUP_TOKENS, workload.output_len.high)
     warmup = dataclasses.replace(
-        workload, output_len=LengthRange(WARMUP_TOKENS, WARMUP_TOKENS), seed=-1 - workload.seed
+        workload, output_len=LengthRange(output_len, output_len), seed=-1 - workload.seed
     )
     assert engine_args.threads is not None
     return Job(
@@ -358,10 +191,9 @@ def report(
         if option.name not in ("model", "dtype", "threads")
         if (value := getattr(engine_args, option.name)) != option.default
     }
-    requests, tokens_in, tokens_out = comparison.work.split("x")
     print(
-        f"\n{model.path.name}, {model.dtype}, {engine_args.threads} threads; {requests} requests, "
-        f"{tokens_in} tokens in, {tokens_out} out; medians of {len(comparison.rounds)} rounds"
+        f"\n{model.path.name}, {model.dtype}, threads: {engine_args.threads}, work: "
+        f"{comparison.work}; medians over rounds: {len(comparison.rounds)}"
     )
     if set_by_user:
         options = " ".join(f"{name}={value}" for name, value in set_by_user.items())
@@ -380,6 +212,7 @@ def report(
 
 def as_json(
     options: Options,
+    peers: Peers,
     engine_args: EngineArgs,
     model: ModelFolder,
     compared: list[Comparison],
@@ -388,7 +221,7 @@ def as_json(
     return {
         "date": time.strftime("%Y%m%d-%H%M%S"),
         "model": dataclasses.asdict(model),
-        "options": dataclasses.asdict(options),
+        "options": dataclasses.asdict(options) | dataclasses.asdict(peers),
         "engine_args": dataclasses.asdict(engine_args),
         "works": [
             {

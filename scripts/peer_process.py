@@ -45,7 +45,7 @@ def require_package(python: Path, package: str, install: str) -> None:
     Raises:
         ValueError: it has not, or there is no such environment.
     """
-    look = f"import importlib.util as u, sys; sys.exit(not u.find_spec({package.split('.')[0]!r}))"
+    look = f"import importlib.util as u, sys; sys.exit(not u.find_spec({package!r}))"
     try:
         done = subprocess.run([python, "-c", look], env=_environment(str(python)))
     except OSError as error:
@@ -60,8 +60,7 @@ def work_of(items: Sequence[WorkItem]) -> Work:
 
 
 def records_of(work: Work, result: Result) -> list[RequestRecord]:
-    """A peer's outputs as a benchmark's records, which are of the same moments as its own: all
-    requests are sent at the start."""
+    """A peer's outputs as a benchmark's records: all requests were sent at the start, 0."""
     return [
         RequestRecord(len(prompt), token_ids=output.token_ids, moments=output.moments)
         for prompt, output in zip(work.prompts, result.outputs, strict=True)
@@ -81,8 +80,9 @@ def run_peer(command: list[str], job: Job, timeout_s: float | None = None) -> Re
         except msgspec.DecodeError as error:
             raise PeerError(f"its answer is no result: {error}", _tail(log)) from None
     lengths = [len(output.token_ids) for output in result.outputs]
-    if lengths != job.work.max_tokens:
-        raise PeerError(f"outputs of {lengths} tokens where {job.work.max_tokens} were asked for")
+    wrong = sum(length != n for length, n in zip(lengths, job.work.max_tokens, strict=True))
+    if wrong:
+        raise PeerError(f"{wrong} of {len(lengths)} outputs are not as long as they had to be")
     return result
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-COMPARE = Path(__file__).parents[2] / "scripts" / "compare.py"
+COMPARE = str(Path(__file__).parents[2] / "scripts" / "compare.py")
 Load = Callable[[str], ModuleType]
 
 # Answers every token of a prompt's output with the prompt's first, one each SECONDS.
@@ -67,9 +67,10 @@ def test_a_failing_engine_costs_the_others_nothing(
         compare.Contender("slow", program(ANSWERING, "0.02"), {}),
     ]
     monkeypatch.setattr(compare, "all_contenders", lambda *_: contenders)
+    peers = compare.Peers(transformers=True)
     file = model_folder.parent / "result.json"
-    options = compare.Options(work=("2x8x4", "1x5:9x3"), rounds=2, transformers=True, json=file)
-    status = compare.main(options, compare.EngineArgs(model=str(model_folder), threads=1))
+    options = compare.Options(work=("2x8x4", "1x5:9x3"), rounds=2, json=file)
+    status = compare.main(options, peers, compare.EngineArgs(model=str(model_folder), threads=1))
     assert status == 1
     printed = capsys.readouterr()
     assert "2x8x4, round 1 of 2, broken: failed: no such instruction" in printed.err
@@ -97,8 +98,9 @@ def test_all_works_done_is_success(
     compare = load_script("compare")
     only = compare.Contender("footplate", program(ANSWERING, "0.01"), {})
     monkeypatch.setattr(compare, "all_contenders", lambda *_: [only])
-    options = compare.Options(work=("1x2x3",), rounds=1, transformers=True)
-    assert compare.main(options, compare.EngineArgs(model=str(model_folder))) == 0
+    peers = compare.Peers(transformers=True)
+    options = compare.Options(work=("1x2x3",), rounds=1)
+    assert compare.main(options, peers, compare.EngineArgs(model=str(model_folder))) == 0
 
 
 def test_the_warm_up_has_the_shape_of_the_work_and_none_of_its_tokens(
@@ -134,13 +136,14 @@ def test_the_warm_up_has_the_shape_of_the_work_and_none_of_its_tokens(
         (["--llama-server", sys.executable], "both --llama-server and --gguf"),
         (["--llama-server", "/nowhere", "--gguf", "{model}"], "no such program"),
         (["--llama-server", sys.executable, "--gguf", "/nowhere"], "no such file"),
+        (["--llama-server", sys.executable, "--gguf", COMPARE, "--gguf", COMPARE], "two files"),
         (["--transformers", "--max-num-seqs", "0"], "max_num_seqs"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(
     model_folder: Path, options: list[str], complaint: str
 ) -> None:
-    command = [sys.executable, str(COMPARE), *(text.format(model=model_folder) for text in options)]
+    command = [sys.executable, COMPARE, *(text.format(model=model_folder) for text in options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert complaint in done.stderr
@@ -153,7 +156,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         (FAILING, "no such instruction"),
         ("import sys; sys.exit(3)", "exit status 3"),
         ("print('ready')", "its answer is no result"),
-        (ANSWERING.replace("* n,", "* (n - 1),"), "outputs of"),
+        (ANSWERING.replace("* n,", "* (n - 1),"), "2 of 2 outputs are not as long"),
         (WAITING, "not done after 1 s"),
     ],
 )
