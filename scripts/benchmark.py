@@ -33,8 +33,8 @@ from footplate.frontend.benchmark.summary import RequestRecord, count_equal, sum
 from footplate.frontend.benchmark.workload import LengthRange, WorkItem, Workload, make_work
 from footplate.protocol.errors import FootplateError
 from footplate.protocol.messages import ModelFacts, Stats
-
-SCRIPTS = Path(__file__).resolve().parent
+from peer import Job
+from peer_process import SCRIPTS, PeerError, peer_command, records_of, run_peer, work_of
 
 # Will not come up in random text, and so has to be looked for in all of it.
 STOP_STRINGS = ["\N{SNOWMAN} never \N{COMET}", "\n\nThe End of the Benchmark"]
@@ -158,7 +158,7 @@ def benchmark(
     columns = {"footplate": summarize(ours.run.records, ours.run.duration_s)}
     equal: int | None = None
     if options.peer:
-        theirs, duration = run_peer(options, engine_args, ours)
+        theirs, duration = do_with_peer(options, engine_args, ours)
         columns[options.peer] = summarize(theirs, duration)
         if options.temperature == 0 and ours.model.dtype == "float32":
             equal = count_equal(ours.run.records, theirs)
@@ -223,41 +223,33 @@ def make_random_model(shape: str, dtype: str) -> str:
     return made.stdout.strip()
 
 
-def run_peer(
+def do_with_peer(
     options: Options, engine_args: EngineArgs, ours: Measurement
 ) -> tuple[list[RequestRecord], float]:
     """Do the same work elsewhere; return its records and how long all of it took."""
     if ours.model.model == "fake":
         raise ValueError("--peer needs a model with weights")
+    assert options.peer
     # "demo" is a name of ours; its folder is where its tokenizer is.
     is_folder = Path(ours.model.model).is_dir()
-    job = {
-        "model": ours.model.model if is_folder else ours.model.tokenizer,
-        "dtype": ours.model.dtype,
-        "threads": engine_args.threads or num_cores(),
-        "batch_size": options.peer_batch_size
-        or options.max_concurrency
-        or min(32, options.num_prompts),
-        "prompts": [item.prompt_token_ids for item in ours.work],
-        "max_tokens": [item.max_tokens for item in ours.work],
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-    }
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "transformers_peer.py")],
-        input=msgspec.json.encode(job),
-        stdout=subprocess.PIPE,
-        check=True,
+    work = work_of(ours.work)
+    job = Job(
+        model=ours.model.model if is_folder else ours.model.tokenizer,
+        dtype=ours.model.dtype,
+        threads=engine_args.threads or num_cores(),
+        warmup=work_of(warmup_work(options, ours.model.vocab_size)),
+        work=work,
+        options={
+            "batch_size": options.peer_batch_size
+            or options.max_concurrency
+            or min(32, options.num_prompts),
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+        },
     )
-    result = msgspec.json.decode(done.stdout)
-    records = [
-        RequestRecord(
-            len(item.prompt_token_ids), token_ids=out["token_ids"], moments=out["moments"]
-        )
-        for item, out in zip(ours.work, result["outputs"], strict=True)
-    ]
-    return records, result["duration_s"]
+    result = run_peer(peer_command(options.peer), job)
+    return records_of(work, result), result.duration_s
 
 
 def report(
@@ -336,5 +328,5 @@ def _detailed(records: Sequence[RequestRecord]) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         sys.exit(app())
-    except (FootplateError, ValueError) as error:
+    except (FootplateError, PeerError, ValueError) as error:
         sys.exit(f"benchmark.py: {error}")

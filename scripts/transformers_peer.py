@@ -1,52 +1,20 @@
 #!/usr/bin/env python3
-"""Do a benchmark's work with transformers' `generate`. Started by `benchmark.py --peer`.
+"""A peer: transformers' `generate`.
 
-Reads a `Job` as JSON on standard input, writes a `Result` as JSON on standard output. A process of
-its own, so that torch, its threads and its memory are the peer's alone.
+Options: batch_size (requests per call of `generate`, in order), temperature, top_p, top_k.
 """
 
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import torch
-from tqdm import tqdm
+import transformers
 from transformers import AutoModelForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
-
-class Job(msgspec.Struct, frozen=True):
-    """What to do.
-
-    Attributes:
-        dtype: a name in torch, e.g. "bfloat16".
-        batch_size: requests per call of `generate`, in order.
-    """
-
-    model: str
-    dtype: str
-    threads: int
-    batch_size: int
-    prompts: list[list[int]]
-    max_tokens: list[int]
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-
-class Output(msgspec.Struct):
-    """One request: its tokens, and when each came, in seconds since the start of the work."""
-
-    token_ids: list[int]
-    moments: list[float]
-
-
-class Result(msgspec.Struct):
-    """One output per request, in order, and how long all of them took."""
-
-    outputs: list[Output]
-    duration_s: float
+from peer import Engine, Job, Output, Work, main
 
 
 class _Clock(StoppingCriteria):
@@ -60,62 +28,60 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def run(job: Job) -> Result:
-    """Load the model, warm it up, and do the work batch by batch."""
+@contextmanager
+def start(job: Job) -> Iterator[Engine]:
+    """Load the model; work is done batch by batch."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(job.threads)
     # Any: transformers' own annotations are not meant for strict checking.
     model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
     model.generation_config.eos_token_id = None  # outputs have fixed lengths
-    _generate(model, job, slice(0, 1), max_tokens=4)
-    start = time.perf_counter()
-    outputs = []
-    for first in tqdm(range(0, len(job.prompts), job.batch_size), unit="batch", disable=None):
-        outputs += _generate(model, job, slice(first, first + job.batch_size))
-    duration = time.perf_counter() - start
-    for output in outputs:
-        output.moments = [moment - start for moment in output.moments]
-    return Result(outputs, duration)
+    sampling = _sampling(job.options)
+
+    def generate(work: Work) -> list[Output]:
+        size = job.options.get("batch_size", len(work.prompts))
+        outputs = []
+        for first in range(0, len(work.prompts), size):
+            batch = slice(first, first + size)
+            part = Work(work.prompts[batch], work.max_tokens[batch])
+            outputs += _generate(model, part, sampling)
+        return outputs
+
+    yield Engine(f"transformers {transformers.__version__}", generate)
 
 
-def _generate(model: Any, job: Job, batch: slice, max_tokens: int | None = None) -> list[Output]:
+def _generate(model: Any, batch: Work, sampling: dict[str, Any]) -> list[Output]:
     """One static batch: it runs until its longest request is done, which is all that `generate`
     allows. Tokens beyond a shorter request's max_tokens are computed and not counted."""
-    prompts, lengths = job.prompts[batch], job.max_tokens[batch]
-    if max_tokens is not None:
-        lengths = [max_tokens] * len(lengths)
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+    width = max(map(len, batch.prompts))
+    padding = [width - len(prompt) for prompt in batch.prompts]
+    ids = [[0] * pad + prompt for pad, prompt in zip(padding, batch.prompts, strict=True)]
+    mask = [[0] * pad + [1] * (width - pad) for pad in padding]
     clock = _Clock()
     with torch.inference_mode():
         generated = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max(lengths),
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=max(batch.max_tokens),
             pad_token_id=0,
-            **_sampling(job),
+            **sampling,
             stopping_criteria=[clock],
         )
     rows = generated[:, width:].tolist()
     return [
         Output(row[:length], clock.moments[:length])
-        for row, length in zip(rows, lengths, strict=True)
+        for row, length in zip(rows, batch.max_tokens, strict=True)
     ]
 
 
-def _sampling(job: Job) -> dict[str, Any]:
-    if job.temperature == 0:
+def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+    if not options.get("temperature"):
         return {"do_sample": False}
     return {
         "do_sample": True,
-        "temperature": job.temperature,
-        "top_p": job.top_p,
-        "top_k": job.top_k,
+        **{name: options[name] for name in ("temperature", "top_p", "top_k")},
     }
 
 
 if __name__ == "__main__":
-    result = run(msgspec.json.decode(sys.stdin.buffer.read(), type=Job))
-    sys.stdout.buffer.write(msgspec.json.encode(result))
+    main(start)

@@ -23,7 +23,8 @@ class RequestRecord:
         planned: when the workload wanted it sent.
         sent: when it was.
         token_ids: all output.
-        moments: when each output of the stream arrived; it may have held several tokens.
+        moments: when each output of the stream arrived; it may have held several tokens. Empty if
+            nobody knows.
         error: why it failed; empty if it did not.
     """
 
@@ -62,7 +63,8 @@ def summarize(records: Sequence[RequestRecord], duration_s: float) -> dict[str, 
         vLLM's result keys: counts, `duration` in seconds, throughputs per second, and
         {mean,median,std,p90,p99}_{ttft,tpot,itl,e2el}_ms. Latencies of nothing are left out.
     """
-    completed = [record for record in records if not record.error and record.moments]
+    completed = [record for record in records if not record.error and record.token_ids]
+    timed = [record for record in completed if record.moments]
     num_input = sum(record.num_prompt_tokens for record in completed)
     num_output = sum(len(record.token_ids) for record in completed)
     result: dict[str, float] = {
@@ -76,10 +78,10 @@ def summarize(records: Sequence[RequestRecord], duration_s: float) -> dict[str, 
         "total_token_throughput": (num_input + num_output) / duration_s,
     }
     latencies = {
-        "ttft": [record.ttft_s for record in completed],
-        "tpot": [record.tpot_s for record in completed if len(record.token_ids) > 1],
-        "itl": [gap for record in completed for gap in record.itls_s],
-        "e2el": [record.e2el_s for record in completed],
+        "ttft": [record.ttft_s for record in timed],
+        "tpot": [record.tpot_s for record in timed if len(record.token_ids) > 1],
+        "itl": [gap for record in timed for gap in record.itls_s],
+        "e2el": [record.e2el_s for record in timed],
     }
     for name in METRICS:
         if values := sorted(1000 * latency for latency in latencies[name]):

@@ -15,6 +15,8 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Load `scripts/<name>.py` as a module, for this test alone."""
 
+    monkeypatch.syspath_prepend(SCRIPTS)  # as when one is run
+
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
         assert spec is not None

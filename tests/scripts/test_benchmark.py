@@ -88,16 +88,16 @@ def test_a_random_model_is_whole_and_does_not_repeat_itself(
     assert {file.name for file in folder.iterdir()} >= {"config.json", "model.safetensors"}
     assert list(tmp_path.iterdir()) == [folder]
 
-    peer = load_script("transformers_peer")
+    peer = load_script("peer")
     job = peer.Job(
         model=str(folder),
         dtype="float32",
         threads=1,
-        batch_size=2,
-        prompts=[[300, 301, 302], [400] * 5, [500]],
-        max_tokens=[16, 3, 9],
+        warmup=peer.Work([[600] * 3], [2]),
+        work=peer.Work([[300, 301, 302], [400] * 5, [500]], [16, 3, 9]),
+        options={"batch_size": 2},
     )
-    result = peer.run(job)
+    result = peer.run(job, load_script("transformers_peer").start)
     outputs = [output.token_ids for output in result.outputs]
     assert [len(token_ids) for token_ids in outputs] == [16, 3, 9]
     assert [len(output.moments) for output in result.outputs] == [16, 3, 9]

@@ -50,6 +50,13 @@ def test_a_request_without_tokens_has_failed() -> None:
     assert summarize([record(0.0)], 1.0)["failed"] == 1
 
 
+def test_a_request_whose_moments_nobody_knows_has_tokens_and_no_latencies() -> None:
+    result = summarize([record(0.0, num_tokens=4)], 2.0)
+    assert result["completed"] == 1
+    assert result["output_throughput"] == 2
+    assert not [key for key in result if key.endswith("_ms")]
+
+
 def test_keys_are_those_of_vllm() -> None:
     result = summarize([record(0.0, 1.0, 2.0)], 2.0)
     for metric in ("ttft", "tpot", "itl", "e2el"):
