@@ -10,10 +10,12 @@
 //   norm.h             RMSNorm, rotary positions
 //   cache.h            pages of keys and values
 //   attention.h        attention over them
+//   sampling.h         logits become tokens
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
 #include "quantised.h"
+#include "sampling.h"
 
 namespace {
 
@@ -128,6 +130,11 @@ void footplate_paged_attention(const LayerCache* cache, const StepTables* step, 
                     static_cast<const E*>(query), token_stride, head_stride,
                     static_cast<E*>(out), num_heads);
   });
+}
+
+void footplate_sample(float* logits, int64_t stride, const Draw* draws, int64_t* tokens,
+                      int num_rows, int vocab) {
+  sample(logits, stride, draws, tokens, num_rows, vocab);
 }
 
 }  // extern "C"

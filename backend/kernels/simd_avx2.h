@@ -130,6 +130,7 @@ INLINE int32_t isum(I32 v) {
 }
 INLINE F32 to_float(I32 v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
 INLINE I32 to_int(F32 v) { return {_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)}; }
+INLINE I32 truncate(F32 v) { return {_mm256_cvttps_epi32(v.lo), _mm256_cvttps_epi32(v.hi)}; }
 INLINE void store_bytes(int8_t* p, I32 v) {
   alignas(32) int32_t all[lanes];
   _mm256_store_si256(reinterpret_cast<__m256i*>(all), v.lo);

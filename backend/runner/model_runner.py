@@ -29,6 +29,7 @@ from footplate.backend.runner.per_request_runner import (
 )
 from footplate.backend.runner.probe import NotPagedError, probe_paged, tolerance_of
 from footplate.backend.runner.rewrite import rewrite_model
+from footplate.backend.runner.sampler import Sampler
 from footplate.backend.runner.thread_governor import ThreadGovernor
 from footplate.backend.runner.torch_attention import TorchAttention
 from footplate.backend.runner.warm_up import warm_up
@@ -73,6 +74,7 @@ def load_model_runner(
     loaded = _Loaded(model, folder, network, num_parameters, wanted_len, cache, scheduler)
     on_progress("checking attention", 0.0)
     own_kernels = _load_kernels(network, cache.block_size)
+    sampler = Sampler(own_kernels)
     try:
         if wanted_len > limits.paged:
             raise NotPagedError(f"beyond {limits.paged} tokens its positions are encoded anew")
@@ -87,12 +89,12 @@ def load_model_runner(
             type(network).__name__,
             reason,
         )
-        runner = _per_request_runner(loaded, wanted_len <= limits.paged, on_progress)
+        runner = _per_request_runner(loaded, sampler, wanted_len <= limits.paged, on_progress)
     else:
         if own_kernels is not None:
             on_progress("packing weights", 0.0)
             rewrite_model(network, own_kernels, backend, shapes, cache.block_size)
-        runner = _paged_runner(loaded, backend, shapes, on_progress)
+        runner = _paged_runner(loaded, backend, shapes, sampler, on_progress)
     on_progress("warming up", 0.0)
     warm_up(runner)
     return runner
@@ -171,6 +173,7 @@ def _paged_runner(
     loaded: _Loaded,
     backend: AttentionBackend[Any, Any],
     shapes: Mapping[int, LayerShape],
+    sampler: Sampler,
     on_progress: Callable[[str, float], None],
 ) -> ModelRunner:
     on_progress("allocating KV cache", 0.0)
@@ -186,7 +189,7 @@ def _paged_runner(
         if free_to_choose
         else None
     )
-    return PagedRunner(paged, facts, cache.block_size, governor)
+    return PagedRunner(paged, facts, cache.block_size, sampler, governor)
 
 
 def _budget_bytes(
@@ -211,7 +214,10 @@ def _budget_bytes(
 
 
 def _per_request_runner(
-    loaded: _Loaded, chunks_may_work: bool, on_progress: Callable[[str, float], None]
+    loaded: _Loaded,
+    sampler: Sampler,
+    chunks_may_work: bool,
+    on_progress: Callable[[str, float], None],
 ) -> ModelRunner:
     network, cache = loaded.network, loaded.cache
     try:
@@ -229,4 +235,4 @@ def _per_request_runner(
         else default_host_bytes(),
     )
     facts = loaded.facts(size, "per-request cache", supports_prefix_caching=False)
-    return PerRequestRunner(cached, facts, in_chunks)
+    return PerRequestRunner(cached, facts, sampler, in_chunks)
