@@ -132,9 +132,9 @@ void footplate_paged_attention(const LayerCache* cache, const StepTables* step, 
   });
 }
 
-void footplate_sample(float* logits, int64_t stride, const Draw* draws, int64_t* tokens,
-                      int num_rows, int vocab) {
-  sample(logits, stride, draws, tokens, num_rows, vocab);
+void footplate_sample(float* logits, int64_t stride, const sampling::Draw* draws,
+                      int64_t* tokens, int num_rows, int vocab) {
+  sampling::sample(logits, stride, draws, tokens, num_rows, vocab);
 }
 
 }  // extern "C"

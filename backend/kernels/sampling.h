@@ -12,6 +12,8 @@
 
 #include "words.h"
 
+namespace sampling {
+
 // What Python says about a row.
 struct Draw {
   double temperature;  // 0 takes the largest logit; otherwise at least `MIN_TEMPERATURE`
@@ -43,12 +45,12 @@ INLINE void for_each_vector(int size, const Body& body) {
 struct Largest {
   float logit;
   int token;       // the first one
-  bool is_number;  // and neither is any other logit NaN or +infinity
+  bool is_valid;  // no logit is NaN or +infinity, and not all are -infinity
 };
 
 inline Largest find_largest(const float* logits, int vocab) {
   using namespace simd;
-  const F32 none = broadcast(-infinity), limit = broadcast(infinity);
+  const F32 none = broadcast(-infinity), bound = broadcast(infinity);
   F32 bad = zeros();
   Largest largest{-infinity, 0, false};
   for_each_chunk(vocab, [&](int first, int size) __attribute__((always_inline)) {
@@ -57,7 +59,7 @@ inline Largest find_largest(const float* logits, int vocab) {
       F32 v = load(logits + first + i, n);
       if (n < lanes) v = keep_lanes(v, 0, n, none);
       top = max(top, v);
-      bad = where_less(v, limit, bad, v);
+      bad = where_less(v, bound, bad, v);
     });
     float logit = maximum(top);
     if (logit > largest.logit) largest = {logit, first, false};
@@ -65,7 +67,7 @@ inline Largest find_largest(const float* logits, int vocab) {
   // A bad one makes the sum infinite or NaN.
   if (!(sum(bad) == 0.0f) || largest.logit == -infinity) return largest;
   while (logits[largest.token] != largest.logit) ++largest.token;
-  largest.is_number = true;
+  largest.is_valid = true;
   return largest;
 }
 
@@ -139,7 +141,7 @@ inline int64_t scale_and_weigh(float* row, int vocab, float scale, float cutoff)
   return total;
 }
 
-// How many reach the cutoff, which is positive.
+// How many of up to 2^24 reach the cutoff, which is positive.
 inline int64_t count(const float* probs, int size, float cutoff) {
   using namespace simd;
   const F32 border = broadcast(cutoff), one = broadcast(1.0f);
@@ -237,7 +239,7 @@ struct Kept {
 };
 
 // Apply top_k and top_p to what min_p has kept.
-inline Kept limit(const float* probs, int vocab, const Draw& draw, Kept kept, SamplingRoom& room) {
+inline Kept cut(const float* probs, int vocab, const Draw& draw, Kept kept, SamplingRoom& room) {
   float* candidates = room.candidates.data();
   float* rest = room.rest.data();
   // What weighs nothing cannot be chosen, and need not be looked at.
@@ -284,12 +286,13 @@ inline int token_at(const float* probs, int vocab, float cutoff, int64_t target)
   return 0;
 }
 
-// The token of one row, which holds its probabilities afterwards, unless it is greedy. 0 when the row
-// is no distribution.
+// The token of one row; 0 when the row is no distribution. Unless it is greedy, the row holds its
+// probabilities afterwards.
 inline int sample_row(float* row, int vocab, const Draw& draw, SamplingRoom& room) {
   Largest largest = find_largest(row, vocab);
-  if (!largest.is_number) return 0;
+  if (!largest.is_valid) return 0;
   if (draw.temperature == 0) return largest.token;
+
   float temperature = static_cast<float>(draw.temperature);
   float peak = largest.logit / temperature;
   if (!(std::abs(peak) < simd::infinity)) return 0;
@@ -297,7 +300,7 @@ inline int sample_row(float* row, int vocab, const Draw& draw, SamplingRoom& roo
   float cutoff = static_cast<float>(draw.min_p) * scale;
   Kept kept{cutoff, scale_and_weigh(row, vocab, scale, cutoff)};
   room.fit(vocab);
-  kept = limit(row, vocab, draw, kept, room);
+  kept = cut(row, vocab, draw, kept, room);
   // The product is rounded to float64 and may reach the total, where there is no token.
   int64_t target = static_cast<int64_t>(draw.noise * static_cast<double>(kept.weight));
   return token_at(row, vocab, kept.cutoff, std::min(target, kept.weight - 1));
@@ -311,3 +314,5 @@ inline void sample(float* logits, size_t stride, const Draw* draws, int64_t* tok
     tokens[row] = sample_row(logits + row * stride, vocab, draws[row], room);
   }
 }
+
+}  // namespace sampling

@@ -9,8 +9,8 @@
 //         zeros broadcast load store  load and store take a count too: the lanes beyond are zero,
 //                                     or are left alone in memory
 //         where_less keep_lanes       choice by comparison, and by lane number
-//         append_positive             the lanes above zero to the end of a list, which needs room for
-//                                     sixteen; says how many they are
+//         append_positive             the lanes above zero to the end of a list, which needs room
+//                                     for sixteen; says how many they are
 //         sum maximum                 over the sixteen lanes, in one fixed order
 //         nearest times_power_of_two  for exp
 //   I32   + & shift_right             sixteen 32-bit integers, or as many words

@@ -83,7 +83,7 @@ INLINE F32 keep_lanes(F32 v, int first, int last, F32 otherwise) {
 }
 INLINE int append_positive(float* to, F32 v) {
   __mmask16 positive = _mm512_cmp_ps_mask(v, zeros(), _CMP_GT_OQ);
-  // Compressed in the register: compressing into memory takes a hundred cycles on some CPUs (Zen 4).
+  // In the register: compressing into memory takes a hundred cycles on some CPUs (Zen 4).
   store(to, _mm512_maskz_compress_ps(positive, v));
   return __builtin_popcount(positive);
 }

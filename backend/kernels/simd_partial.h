@@ -1,4 +1,4 @@
-// Loads and stores of some of the sixteen lanes, for instruction sets without masks.
+// Loads and stores of fewer than sixteen lanes, for instruction sets without masks.
 #pragma once
 
 namespace simd {
@@ -20,18 +20,6 @@ INLINE void store(E* p, F32 v, int count) {
     store(all, v);
     std::memcpy(p, all, count * sizeof(E));
   }
-}
-
-INLINE int append_positive(float* to, F32 v) {
-  if (!(maximum(v) > 0.0f)) return 0;
-  float all[lanes];
-  store(all, v);
-  int count = 0;
-  for (float x : all) {
-    to[count] = x;
-    count += x > 0.0f;
-  }
-  return count;
 }
 
 }  // namespace simd

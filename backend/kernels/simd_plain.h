@@ -196,4 +196,5 @@ struct Int8Words {
 
 }  // namespace simd
 
+#include "simd_append.h"
 #include "simd_partial.h"
