@@ -45,7 +45,7 @@ INLINE void for_each_vector(int size, const Body& body) {
 struct Largest {
   float logit;
   int token;       // the first one
-  bool is_valid;  // no logit is NaN or +infinity, and not all are -infinity
+  bool is_valid;  // no logit is NaN or +infinity
 };
 
 inline Largest find_largest(const float* logits, int vocab) {
@@ -65,7 +65,7 @@ inline Largest find_largest(const float* logits, int vocab) {
     if (logit > largest.logit) largest = {logit, first, false};
   });
   // A bad one makes the sum infinite or NaN.
-  if (!(sum(bad) == 0.0f) || largest.logit == -infinity) return largest;
+  if (!(sum(bad) == 0.0f)) return largest;
   while (logits[largest.token] != largest.logit) ++largest.token;
   largest.is_valid = true;
   return largest;
@@ -295,15 +295,15 @@ inline int sample_row(float* row, int vocab, const Draw& draw, SamplingRoom& roo
 
   float temperature = static_cast<float>(draw.temperature);
   float peak = largest.logit / temperature;
-  if (!(std::abs(peak) < simd::infinity)) return 0;
+  if (std::isinf(peak)) return 0;  // no token is possible, or the quotient is too large
   float scale = 1.0f / exponentiate(row, vocab, temperature, peak);  // the largest probability
   float cutoff = static_cast<float>(draw.min_p) * scale;
   Kept kept{cutoff, scale_and_weigh(row, vocab, scale, cutoff)};
   room.fit(vocab);
   kept = cut(row, vocab, draw, kept, room);
-  // The product is rounded to float64 and may reach the total, where there is no token.
+  // Less than the weight, even rounded: the noise is at most 1 - 2^-53.
   int64_t target = static_cast<int64_t>(draw.noise * static_cast<double>(kept.weight));
-  return token_at(row, vocab, kept.cutoff, std::min(target, kept.weight - 1));
+  return token_at(row, vocab, kept.cutoff, target);
 }
 
 inline void sample(float* logits, size_t stride, const Draw* draws, int64_t* tokens,

@@ -94,7 +94,6 @@ def choose(probs: torch.Tensor, draws: torch.Tensor, is_cut: bool = True) -> tor
     if is_cut:
         probs = drop_below(probs, find_cutoff(probs, min_p.float(), top_k.long(), top_p))
     cdf = weigh(probs).cumsum(-1)
-    total = cdf[:, -1:]
-    # The product is rounded to float64 and may reach the total, where there is no token.
-    target = torch.minimum((noise * total).long(), total - 1)
+    # Less than the total, even rounded: the noise is at most 1 - 2**-53.
+    target = (noise * cdf[:, -1:]).long()
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)

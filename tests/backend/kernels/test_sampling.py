@@ -77,7 +77,7 @@ def expected_token(probs: np.ndarray, own: list[float]) -> int:
         mass = np.cumsum(np.floor(kept.astype(np.float64) * 2.0**52).astype(np.int64))
         cutoff = kept[np.searchsorted(mass, math.ceil(top_p * float(mass[-1])))]
     cdf = np.cumsum(np.where(probs >= cutoff, weights, 0))
-    target = min(int(noise * float(cdf[-1])), int(cdf[-1]) - 1)
+    target = int(noise * float(cdf[-1]))
     return int(np.searchsorted(cdf, target, side="right"))
 
 
