@@ -19,7 +19,6 @@ import torch
 from cyclopts import App
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
-from train_demo_model import Rows
 
 from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import Kernels, Quantization
@@ -30,6 +29,7 @@ from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import probe_paged
 from footplate.backend.runner.rewrite import rewrite_model
 from footplate.protocol.config import ModelConfig
+from train_demo_model import Rows
 
 BLOCK_SIZE = 16
 Dtype = Literal["float32", "bfloat16"]

@@ -11,11 +11,13 @@
 //   cache.h            pages of keys and values
 //   attention.h        attention over them
 //   decoder_layer.h    all of a layer
+//   sampling.h         logits become tokens
 #include "attention.h"
 #include "decoder_layer.h"
 #include "linear.h"
 #include "norm.h"
 #include "quantised.h"
+#include "sampling.h"
 
 namespace {
 
@@ -124,6 +126,11 @@ void footplate_decoder_layer(const DecoderLayer* layer, const LayerCache* cache,
     decoder_layer(*layer, *cache, *step, static_cast<const E*>(hidden), static_cast<E*>(y),
                   static_cast<const E*>(cos), static_cast<const E*>(sin), rotary_size);
   });
+}
+
+void footplate_sample(float* logits, int64_t stride, const sampling::Draw* draws,
+                      int64_t* tokens, int num_rows, int vocab) {
+  sampling::sample(logits, stride, draws, tokens, num_rows, vocab);
 }
 
 }  // extern "C"

@@ -130,6 +130,7 @@ class Kernels:
             *(c_float, c_int, c_float, pointer),
         )
         self._decoder_layer = function("decoder_layer", *7 * [pointer], c_int)
+        self._sample = function("sample", pointer, size, pointer, pointer, c_int, c_int)
 
     def rms_norm(self, x: torch.Tensor, norm: "NormWeight") -> torch.Tensor:
         """Root mean square norm (Zhang and Sennrich 2019) over the last dimension.
@@ -247,6 +248,31 @@ class Kernels:
             None if sinks is None else sinks.data_ptr(),
         )
         return out
+
+    def sample(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Choose one token per row, as `Sampler` of the runner defines it.
+
+        Args:
+            logits: [num_rows, vocab], float32. Rows with a temperature hold their probabilities
+                afterwards, those whose logits are no distribution anything.
+            draws: [num_rows, 5], float64, contiguous: temperature (0 is greedy), min_p, top_k (0
+                keeps all), top_p, and the noise in [0, 1).
+
+        Returns:
+            [num_rows], int64.
+        """
+        num_rows, vocab = logits.shape
+        assert logits.dtype is torch.float32 and vocab > 0
+        assert draws.shape == (num_rows, 5) and draws.dtype is torch.float64
+        assert draws.is_contiguous()
+        logits = _dense(logits)
+        assert num_rows < 2 or logits.stride(0) >= vocab
+        tokens = torch.empty(num_rows, dtype=torch.int64)
+        self._sample(
+            *(logits.data_ptr(), logits.stride(0), draws.data_ptr(), tokens.data_ptr()),
+            *(num_rows, vocab),
+        )
+        return tokens
 
 
 class PackedLinear:

@@ -9,11 +9,13 @@
 //         zeros broadcast load store  load and store take a count too: the lanes beyond are zero,
 //                                     or are left alone in memory
 //         where_less keep_lanes       choice by comparison, and by lane number
+//         append_positive             the lanes above zero to the end of a list, which needs room
+//                                     for sixteen; says how many they are
 //         sum maximum                 over the sixteen lanes, in one fixed order
 //         nearest times_power_of_two  for exp
 //   I32   + & shift_right             sixteen 32-bit integers, or as many words
 //         iload ibroadcast isum
-//         to_float to_int             to_int rounds to nearest
+//         to_float to_int truncate    to_int rounds to nearest, truncate towards zero
 //         store_bytes                 of each lane the lowest byte
 //         lookup                      of each byte, 0 to 15, what a table of 16 bytes holds there
 //   Bf16Words, Int8Words              how packed numbers enter the micro-kernel, see below
@@ -46,6 +48,17 @@ using word = uint32_t;
 namespace simd {
 constexpr int lanes = 16;
 constexpr float infinity = std::numeric_limits<float>::infinity();
+
+INLINE word bits_of(float x) {
+  word bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+INLINE float float_of(word bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 }  // namespace simd
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)

@@ -86,6 +86,28 @@ INLINE F32 keep_lanes(F32 v, int first, int last, F32 otherwise) {
   };
   return {keep(v.lo, otherwise.lo, 0), keep(v.hi, otherwise.hi, 8)};
 }
+INLINE int append_positive(float* to, F32 v) {
+  // For each set of lanes their numbers, which a permutation puts first.
+  struct Orders {
+    uint8_t lanes_first[256][8];
+    constexpr Orders() : lanes_first() {
+      for (int set = 0; set < 256; ++set)
+        for (int lane = 0, next = 0; lane < 8; ++lane)
+          if (set >> lane & 1) lanes_first[set][next++] = static_cast<uint8_t>(lane);
+    }
+  };
+  static constexpr Orders orders;
+  auto append = [&to](__m256 x) {
+    int set = _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+    __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(orders.lanes_first[set]));
+    _mm256_storeu_ps(to, _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(order)));
+    to += __builtin_popcount(set);
+  };
+  float* first = to;
+  append(v.lo);
+  append(v.hi);
+  return static_cast<int>(to - first);
+}
 INLINE float sum(F32 v) {
   __m256 eight = _mm256_add_ps(v.lo, v.hi);
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -130,6 +152,7 @@ INLINE int32_t isum(I32 v) {
 }
 INLINE F32 to_float(I32 v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
 INLINE I32 to_int(F32 v) { return {_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)}; }
+INLINE I32 truncate(F32 v) { return {_mm256_cvttps_epi32(v.lo), _mm256_cvttps_epi32(v.hi)}; }
 INLINE void store_bytes(int8_t* p, I32 v) {
   alignas(32) int32_t all[lanes];
   _mm256_store_si256(reinterpret_cast<__m256i*>(all), v.lo);

@@ -127,6 +127,7 @@ INLINE int32_t isum(I32 v) {
 }
 INLINE F32 to_float(I32 v) { return each<F32>(vcvtq_f32_s32, v); }
 INLINE I32 to_int(F32 v) { return each<I32>(vcvtnq_s32_f32, v); }
+INLINE I32 truncate(F32 v) { return each<I32>(vcvtq_s32_f32, v); }
 INLINE void store_bytes(int8_t* p, I32 v) {
   int16x8_t low = vcombine_s16(vmovn_s32(v.q[0]), vmovn_s32(v.q[1]));
   int16x8_t high = vcombine_s16(vmovn_s32(v.q[2]), vmovn_s32(v.q[3]));
@@ -204,4 +205,5 @@ struct Int8Words {
 
 }  // namespace simd
 
+#include "simd_append.h"
 #include "simd_partial.h"

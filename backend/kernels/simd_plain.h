@@ -23,16 +23,6 @@ INLINE R each(const F& f, const V&... v) {
   return result;
 }
 
-INLINE word bits_of(float x) {
-  word bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-INLINE float float_of(word bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 // The upper half of a float, rounded to nearest, ties to even. A NaN must not be rounded into an
 // infinity.
 INLINE uint16_t narrow(float x) {
@@ -148,6 +138,9 @@ INLINE I32 to_int(F32 v) {
   return each<I32>(
       [](float x) { return x == x ? static_cast<int32_t>(std::nearbyint(x)) : int32_t{0}; }, v);
 }
+INLINE I32 truncate(F32 v) {
+  return each<I32>([](float x) { return static_cast<int32_t>(x); }, v);
+}
 INLINE void store_bytes(int8_t* p, I32 v) {
   for (int i = 0; i < lanes; ++i) p[i] = static_cast<int8_t>(v.lane[i]);
 }
@@ -203,4 +196,5 @@ struct Int8Words {
 
 }  // namespace simd
 
+#include "simd_append.h"
 #include "simd_partial.h"

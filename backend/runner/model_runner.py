@@ -31,6 +31,7 @@ from footplate.backend.runner.per_request_runner import (
 )
 from footplate.backend.runner.probe import NotPagedError, probe_paged, tolerance_of
 from footplate.backend.runner.rewrite import rewrite_model
+from footplate.backend.runner.sampler import Sampler
 from footplate.backend.runner.thread_governor import ThreadGovernor
 from footplate.backend.runner.torch_attention import TorchAttention
 from footplate.backend.runner.warm_up import warm_up
@@ -81,6 +82,7 @@ def load_model_runner(
             "want device='cpu', a C++ compiler, float32 or bfloat16, and a block_size that is a "
             f"multiple of 16 (here {network.device.type}, {network.dtype}, {cache.block_size})"
         )
+    sampler = Sampler(own_kernels)
     try:
         if wanted_len > limits.paged:
             raise NotPagedError(f"beyond {limits.paged} tokens its positions are encoded anew")
@@ -103,7 +105,7 @@ def load_model_runner(
             type(network).__name__,
             reason,
         )
-        runner = _per_request_runner(loaded, wanted_len <= limits.paged, on_progress)
+        runner = _per_request_runner(loaded, sampler, wanted_len <= limits.paged, on_progress)
     else:
         direct = None
         if own_kernels is not None:
@@ -111,7 +113,7 @@ def load_model_runner(
             direct = rewrite_model(
                 network, own_kernels, backend, shapes, cache.block_size, model.quantization
             )
-        runner = _paged_runner(loaded, backend, shapes, direct, on_progress)
+        runner = _paged_runner(loaded, backend, shapes, direct, sampler, on_progress)
     on_progress("warming up", 0.0)
     warm_up(runner)
     return runner
@@ -192,6 +194,7 @@ def _paged_runner(
     backend: AttentionBackend[Any, Any],
     shapes: Mapping[int, LayerShape],
     direct: Forward | None,
+    sampler: Sampler,
     on_progress: Callable[[str, float], None],
 ) -> ModelRunner:
     on_progress("allocating KV cache", 0.0)
@@ -207,7 +210,7 @@ def _paged_runner(
         if free_to_choose
         else None
     )
-    return PagedRunner(paged, facts, cache.block_size, governor)
+    return PagedRunner(paged, facts, cache.block_size, sampler, governor)
 
 
 def _budget_bytes(
@@ -232,7 +235,10 @@ def _budget_bytes(
 
 
 def _per_request_runner(
-    loaded: _Loaded, chunks_may_work: bool, on_progress: Callable[[str, float], None]
+    loaded: _Loaded,
+    sampler: Sampler,
+    chunks_may_work: bool,
+    on_progress: Callable[[str, float], None],
 ) -> ModelRunner:
     network, cache = loaded.network, loaded.cache
     try:
@@ -250,4 +256,4 @@ def _per_request_runner(
         else default_host_bytes(),
     )
     facts = loaded.facts(size, "per-request cache", supports_prefix_caching=False)
-    return PerRequestRunner(cached, facts, in_chunks)
+    return PerRequestRunner(cached, facts, sampler, in_chunks)

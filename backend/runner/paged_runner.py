@@ -23,13 +23,14 @@ class PagedRunner:
         model: PagedModel,
         facts: RunnerFacts,
         block_size: int,
+        sampler: Sampler,
         governor: ThreadGovernor | None = None,
     ) -> None:
         self.facts = facts
         self._governor = governor
         self._model = model
         self._block_size = block_size
-        self._sampler = Sampler()
+        self._sampler = sampler
 
     def execute(self, plan: StepPlan) -> list[int]:
         """See `ModelRunner`."""

@@ -85,11 +85,13 @@ class PerRequestRunner:
             are collected until the last of them is due.
     """
 
-    def __init__(self, model: CachedModel, facts: RunnerFacts, prefill_in_chunks: bool) -> None:
+    def __init__(
+        self, model: CachedModel, facts: RunnerFacts, sampler: Sampler, prefill_in_chunks: bool
+    ) -> None:
         self.facts = facts
         self._model = model
         self._prefill_in_chunks = prefill_in_chunks
-        self._sampler = Sampler()
+        self._sampler = sampler
         # By request key: how many tokens are in the cache, and the cache.
         self._states: dict[int, tuple[int, Any]] = {}
 

@@ -12,16 +12,6 @@ from footplate.backend.kernels.ops import Kernels
 ALL = [*usable_instruction_sets(), PLAIN]
 
 
-@pytest.fixture(scope="session")
-def kernel_folder(pytestconfig: pytest.Config) -> Path:
-    """Kept from one run of the tests to the next: compiling takes longer than testing."""
-    cache = pytestconfig.cache
-    assert cache is not None
-    folder = cache.mkdir("kernels")
-    folder.chmod(0o700)
-    return folder
-
-
 @pytest.fixture(scope="session", params=ALL, ids=lambda isa: isa.name)
 def kernels(request: pytest.FixtureRequest, kernel_folder: Path) -> Kernels:
     """The kernels of one instruction set."""

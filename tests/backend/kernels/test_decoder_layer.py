@@ -42,7 +42,8 @@ class Parts:
         self.input_norm, self.mlp_norm = norm(HIDDEN), norm(HIDDEN)
         self.query_norm = None if plain else norm(SIZE)
         self.key_norm = None if plain else norm(SIZE)
-        self.window, self.softcap = (None, None) if plain else (WINDOW, SOFTCAP)
+        self.window = None if plain else WINDOW
+        self.softcap = None if plain else SOFTCAP
         self.sinks = None if plain else torch.randn(HEADS)
         self.qkv = linear((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN)
         self.output = linear(HIDDEN, HEADS * SIZE)

@@ -12,6 +12,7 @@ from footplate.backend.runner.per_request_runner import (
     PerRequestRunner,
     probe_chunks,
 )
+from footplate.backend.runner.sampler import Sampler
 from footplate.backend.step import RunnerFacts, StepPlan
 from footplate.protocol.messages import ModelFacts
 from footplate.protocol.params import TokenParams
@@ -59,7 +60,7 @@ def step(runner: PerRequestRunner, *pieces: tuple[Request, int], released: Any =
 
 def test_a_cache_is_continued() -> None:
     model = SummingModel()
-    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=True)
+    runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=True)
     one, two = request([1, 2, 3, 4, 5]), request([7, 8], key=2)
     assert step(runner, (one, 3)) == []
     assert step(runner, (two, 2), (one, 2)) == [15, 15]
@@ -69,7 +70,7 @@ def test_a_cache_is_continued() -> None:
 
 def test_chunks_are_collected_where_they_must_be() -> None:
     model = SummingModel()
-    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=False)
+    runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=False)
     one = request([1, 2, 3, 4, 5])
     assert step(runner, (one, 3)) == []
     assert step(runner, (one, 2)) == [15]
@@ -80,7 +81,7 @@ def test_chunks_are_collected_where_they_must_be() -> None:
 @pytest.mark.parametrize("is_told", [True, False])
 def test_a_preempted_request_starts_afresh(is_told: bool) -> None:
     model = SummingModel()
-    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=True)
+    runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=True)
     one = request([1, 2, 3])
     assert step(runner, (one, 3)) == [6]
     one.num_computed_tokens = 0
@@ -89,7 +90,7 @@ def test_a_preempted_request_starts_afresh(is_told: bool) -> None:
 
 
 def test_a_released_request_keeps_nothing() -> None:
-    runner = PerRequestRunner(SummingModel(), FACTS, prefill_in_chunks=True)
+    runner = PerRequestRunner(SummingModel(), FACTS, Sampler(), prefill_in_chunks=True)
     step(runner, (request([1, 2, 3]), 3))
     assert runner._states
     assert step(runner, released=[1, 99]) == []
@@ -98,7 +99,7 @@ def test_a_released_request_keeps_nothing() -> None:
 
 def test_a_repeated_step_gives_the_same_tokens() -> None:
     model = SummingModel()
-    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=True)
+    runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=True)
     one = request([1, 2, 3])
     plan = StepPlan([one], [3], [0])
     assert runner.execute(plan) == runner.execute(plan) == [6]
@@ -106,7 +107,7 @@ def test_a_repeated_step_gives_the_same_tokens() -> None:
 
 def test_a_failed_forward_leaves_no_half_written_cache() -> None:
     model = SummingModel()
-    runner = PerRequestRunner(model, FACTS, prefill_in_chunks=True)
+    runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=True)
     one = request([1, 2, 3])
     step(runner, (one, 2))
     model.fails = True

@@ -1,10 +1,13 @@
 """The sampler against its definition: by hand, by a slow reference, by statistics; and the promise
-that a row's token does not depend on the rows beside it."""
+that a row's token does not depend on the rows beside it. All of it in torch, and again on our own
+kernels."""
 
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from footplate.backend.kernels import build
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.request import Request
-from footplate.backend.runner import cutoff, sampler
+from footplate.backend.runner import cutoff, sampler, torch_sampling
 from footplate.backend.runner.noise import uniform
 from footplate.backend.runner.sampler import MIN_TEMPERATURE, Sampler
 from footplate.protocol.params import TokenParams
@@ -22,6 +27,19 @@ from footplate.protocol.params import TokenParams
 PROBS = [0.25, 0.0625, 0.5, 0.125]
 REST = 1 - sum(PROBS)  # token 4: as likely as token 1
 LOGITS = [math.log(p) for p in [*PROBS, REST]]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["torch", "kernels"])
+def path(request: pytest.FixtureRequest, kernel_folder: Path) -> Iterator[None]:
+    """Who does the work for `Sampler()` in this module."""
+    kernels = None
+    if request.param == "kernels":
+        library = build.load(kernel_folder)
+        assert library is not None, "this machine has no compiler that works"
+        kernels = Kernels(library)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "Sampler", partial(Sampler, kernels))
+        yield
 
 
 def request(position: int = 0, **params: Any) -> Request:
@@ -326,7 +344,7 @@ def test_the_size_of_blocks_and_heads_does_not_change_a_token(
     usual = Sampler().sample(logits.clone(), requests)
     for head in (1, 3, 64):
         monkeypatch.setattr(cutoff, "_HEAD", head)
-        monkeypatch.setattr(sampler, "_BLOCK_ELEMENTS", {"cpu": 500 * head})
+        monkeypatch.setattr(torch_sampling, "_BLOCK_ELEMENTS", {"cpu": 500 * head})
         assert Sampler().sample(logits.clone(), requests) == usual
 
 
