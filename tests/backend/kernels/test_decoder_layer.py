@@ -30,7 +30,8 @@ class Parts:
         self, kernels: Kernels, dtype: torch.dtype, quantization: Quantization | None, plain: bool
     ) -> None:
         def weight(n: int, k: int) -> torch.Tensor:
-            return (torch.randn(n, k) / k**0.5).to(dtype)
+            w: torch.Tensor = (torch.randn(n, k) / k**0.5).to(dtype)
+            return w
 
         def norm(size: int) -> NormWeight:
             return NormWeight(torch.rand(size).add(0.5).to(dtype), 1e-5)
