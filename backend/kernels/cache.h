@@ -3,8 +3,11 @@
 // A page is 16 tokens of one layer, in the order in which the micro-kernel reads weights: for
 // scores the 16 lanes are the tokens of a page, for the weighted sum of values they are columns.
 //
-//   keys    [num_pages][num_kv_heads][key_words][16 tokens] words
-//   values  [num_pages][num_kv_heads][16 / (values per word)][value_columns] words
+//   keys    [num_kv_heads][key_words][16 tokens] words
+//   values  [num_kv_heads][16 / (values per word)][value_columns] words
+//
+// The pages of all layers that hold the same tokens stand together, so that memory is used, and
+// taken from the system, in the order in which blocks are.
 //
 // key_words is key_size in words, rounded up; a word of keys holds consecutive elements of one
 // token. value_columns is value_size rounded up to 16; a word of values holds one column of
@@ -18,8 +21,9 @@ constexpr int page_tokens = simd::lanes;
 
 // What Python prepares once per layer.
 struct LayerCache {
-  word* keys;
+  word* keys;           // of the layer's first page
   word* values;
+  int64_t page_stride;  // words from one page of this layer to the next
   int32_t num_kv_heads;
   int32_t key_size;
   int32_t value_size;
@@ -45,12 +49,14 @@ struct Pages {
 
   word* keys;
   word* values;
+  size_t page_stride;
   int num_kv_heads, key_size, value_size, key_words, value_columns;
   size_t key_page_words, value_page_words;  // of one head
 
   explicit Pages(const LayerCache& cache)
       : keys(cache.keys),
         values(cache.values),
+        page_stride(cache.page_stride),
         num_kv_heads(cache.num_kv_heads),
         key_size(cache.key_size),
         value_size(cache.value_size),
@@ -60,10 +66,10 @@ struct Pages {
         value_page_words(static_cast<size_t>(value_columns) * page_tokens / values_per_word) {}
 
   word* key_page(int64_t page, int head) const {
-    return keys + (page * num_kv_heads + head) * key_page_words;
+    return keys + page * page_stride + head * key_page_words;
   }
   word* value_page(int64_t page, int head) const {
-    return values + (page * num_kv_heads + head) * value_page_words;
+    return values + page * page_stride + head * value_page_words;
   }
 
   // Write one token's key and value of one head. Only what belongs to the token is written, so

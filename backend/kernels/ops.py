@@ -54,6 +54,7 @@ class _LayerCache(ctypes.Structure):
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("page_stride", c_int64),
         ("num_kv_heads", c_int32),
         ("key_size", c_int32),
         ("value_size", c_int32),
@@ -471,10 +472,16 @@ class NormWeight:
 
 
 class LayerPages:
-    """The cache of one layer. Owns its memory, whose layout is told in cache.h.
+    """The cache of one layer, whose layout is told in cache.h.
 
     Args:
         block_size: tokens in a block as the block pool counts them, a multiple of 16.
+        memory: [num_blocks * block_size / 16, page_words], zeroed int32, rows anywhere; by
+            default the layer has memory of its own.
+
+    Attributes:
+        keys: [num_pages, num_kv_heads, key_words, 16, values per word], a view.
+        values: [num_pages, num_kv_heads, 16 / values per word, value_columns, values per word].
     """
 
     def __init__(
@@ -485,20 +492,29 @@ class LayerPages:
         key_size: int,
         value_size: int,
         dtype: torch.dtype,
+        memory: torch.Tensor | None = None,
     ) -> None:
         assert block_size % PAGE_TOKENS == 0
         self.num_kv_heads, self.key_size, self.value_size = num_kv_heads, key_size, value_size
         self.dtype = dtype
-        pages = num_blocks * (block_size // PAGE_TOKENS)
-        values_per_word, key_words, value_columns = _page_layout(key_size, value_size, dtype)
-        self.keys = zeroed((pages, num_kv_heads, key_words, PAGE_TOKENS, values_per_word), dtype)
-        self.values = zeroed(
-            (pages, num_kv_heads, PAGE_TOKENS // values_per_word, value_columns, values_per_word),
-            dtype,
+        shape = (
+            num_blocks * (block_size // PAGE_TOKENS),
+            self.page_words(num_kv_heads, key_size, value_size, dtype),
         )
+        memory = zeroed(shape, torch.int32) if memory is None else memory
+        assert memory.shape == shape and memory.stride(1) == 1 and memory.dtype is torch.int32
+        values_per_word, key_words, value_columns = _page_layout(key_size, value_size, dtype)
+        num_key_words = num_kv_heads * key_words * PAGE_TOKENS
+        keys, values = memory[:, :num_key_words], memory[:, num_key_words:]
+        keys = torch.unflatten(keys, 1, (num_kv_heads, key_words, PAGE_TOKENS, 1))
+        values = torch.unflatten(
+            values, 1, (num_kv_heads, PAGE_TOKENS // values_per_word, value_columns, 1)
+        )
+        self.keys, self.values = keys.view(dtype), values.view(dtype)
         self._cache = _LayerCache(
             self.keys.data_ptr(),
             self.values.data_ptr(),
+            memory.stride(0),
             num_kv_heads,
             key_size,
             value_size,
@@ -507,12 +523,11 @@ class LayerPages:
         self.address = ctypes.addressof(self._cache)
 
     @staticmethod
-    def bytes_per_token(
-        num_kv_heads: int, key_size: int, value_size: int, dtype: torch.dtype
-    ) -> int:
-        """Padding included."""
+    def page_words(num_kv_heads: int, key_size: int, value_size: int, dtype: torch.dtype) -> int:
+        """32-bit words of the keys and values of 16 tokens, padding included."""
         values_per_word, key_words, value_columns = _page_layout(key_size, value_size, dtype)
-        return num_kv_heads * (key_words * values_per_word + value_columns) * dtype.itemsize
+        words_per_head = PAGE_TOKENS * key_words + PAGE_TOKENS // values_per_word * value_columns
+        return num_kv_heads * words_per_head
 
     def row_size(self, num_heads: int) -> int:
         """Numbers per token of a fused projection to queries, keys and values."""

@@ -5,6 +5,7 @@ block pool know block ids and nothing else; the model knows queries, keys and va
 may store a block in whatever order its kernel reads fastest.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -67,8 +68,8 @@ class AttentionBackend(Protocol[LayerCacheT, StepT]):
         """Bytes that one block of one layer takes in this backend's layout."""
         ...
 
-    def allocate(self, shape: LayerShape, num_blocks: int) -> LayerCacheT:
-        """Zeroed memory for one layer: a masked key still enters a product with zero, and zero
+    def allocate(self, shapes: Mapping[int, LayerShape], num_blocks: int) -> dict[int, LayerCacheT]:
+        """Zeroed memory for some layers: a masked key still enters a product with zero, and zero
         times what happens to be in fresh memory may be NaN."""
         ...
 

@@ -4,14 +4,18 @@ The results of a sequence do not depend on what else is in the batch, on how its
 into chunks, or on the number of threads: bit for bit. See `footplate.backend.kernels`.
 """
 
-from itertools import chain, repeat
+from collections.abc import Mapping
+from itertools import accumulate, chain, pairwise, repeat
 
 import numpy as np
 import torch
 
+from footplate.backend.kernels.large_memory import zeroed
 from footplate.backend.kernels.ops import PAGE_TOKENS, Kernels, LayerPages, StepTables
 from footplate.backend.runner.attention_backend import AttentionOptions, LayerShape
 from footplate.backend.runner.batch import RaggedBatch
+
+WORD_BYTES = 4
 
 
 class CpuAttention:
@@ -31,21 +35,24 @@ class CpuAttention:
 
     def bytes_per_block(self, shape: LayerShape) -> int:
         """See `AttentionBackend`."""
-        bytes_per_token = LayerPages.bytes_per_token(
-            shape.num_kv_heads, shape.key_size, shape.value_size, shape.dtype
-        )
-        return bytes_per_token * self._block_size
+        return _page_words(shape) * WORD_BYTES * (self._block_size // PAGE_TOKENS)
 
-    def allocate(self, shape: LayerShape, num_blocks: int) -> LayerPages:
+    def allocate(self, shapes: Mapping[int, LayerShape], num_blocks: int) -> dict[int, LayerPages]:
         """See `AttentionBackend`."""
-        return LayerPages(
-            num_blocks,
-            self._block_size,
-            shape.num_kv_heads,
-            shape.key_size,
-            shape.value_size,
-            shape.dtype,
-        )
+        ends = list(accumulate(map(_page_words, shapes.values()), initial=0))
+        memory = zeroed((num_blocks * self._block_size // PAGE_TOKENS, ends[-1]), torch.int32)
+        return {
+            layer: LayerPages(
+                num_blocks,
+                self._block_size,
+                shape.num_kv_heads,
+                shape.key_size,
+                shape.value_size,
+                shape.dtype,
+                memory[:, start:end],
+            )
+            for (layer, shape), (start, end) in zip(shapes.items(), pairwise(ends), strict=True)
+        }
 
     def begin_step(self, batch: RaggedBatch) -> StepTables:
         """See `AttentionBackend`."""
@@ -78,3 +85,7 @@ class CpuAttention:
         return self._kernels.paged_attention(
             cache, step, query, options.scale, options.window, options.softcap, sinks
         )
+
+
+def _page_words(shape: LayerShape) -> int:
+    return LayerPages.page_words(shape.num_kv_heads, shape.key_size, shape.value_size, shape.dtype)

@@ -64,7 +64,7 @@ class _SharedCache:
         self.begin_step = backend.begin_step
         self.attend = backend.attend
 
-    def allocate(self, shape: LayerShape, num_blocks: int) -> Any:
-        if shape not in self._caches:
-            self._caches[shape] = self._backend.allocate(shape, num_blocks)
-        return self._caches[shape]
+    def allocate(self, shapes: Mapping[int, LayerShape], num_blocks: int) -> dict[int, Any]:
+        for shape in set(shapes.values()) - self._caches.keys():
+            self._caches[shape] = self._backend.allocate({0: shape}, num_blocks)[0]
+        return {layer: self._caches[shape] for layer, shape in shapes.items()}

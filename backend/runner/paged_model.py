@@ -68,12 +68,10 @@ class PagedModel:
         self._device = model.device
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._step: Any = None
-        self._caches: dict[int, Any] = {}
-        self.shapes: dict[int, LayerShape] = {}
+        self.shapes: dict[int, LayerShape] = dict(shapes or {})
+        self._caches: dict[int, Any] = backend.allocate(self.shapes, num_blocks)
         self.options: dict[int, AttentionOptions] = {}
         self.num_calls = 0
-        for layer, shape in (shapes or {}).items():
-            self._add_layer(layer, shape)
         AttentionInterface.register(ATTENTION_NAME, _attention_function)
         model.set_attn_implementation(ATTENTION_NAME)
 
@@ -116,10 +114,6 @@ class PagedModel:
         """The running step and a layer's cache, as the backend made them."""
         return self._step, self._caches[layer]
 
-    def _add_layer(self, layer: int, shape: LayerShape) -> None:
-        self.shapes[layer] = shape
-        self._caches[layer] = self._backend.allocate(shape, self._num_blocks)
-
     def attend(
         self,
         layer: int,
@@ -130,9 +124,9 @@ class PagedModel:
     ) -> torch.Tensor:
         """Attention of one layer in the running step; shapes as in `AttentionBackend.attend`."""
         if layer not in self._caches:
-            self._add_layer(
-                layer, LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype)
-            )
+            shape = LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype)
+            self.shapes[layer] = shape
+            self._caches |= self._backend.allocate({layer: shape}, self._num_blocks)
         self.options[layer] = options
         self.num_calls += 1
         return self._backend.attend(self._step, self._caches[layer], query, key, value, options)

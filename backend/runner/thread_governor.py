@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# The first time the other choice is tried, and the longest pause between two trials, in steps of
-# one kind. A lost trial doubles the pause: on a quiet machine trials cost 0.1 % in the end.
-FIRST_PAUSE = 16
-LONGEST_PAUSE = 1024
+# Larger steps get all threads: their parallel regions are long, and a thread that was put aside
+# comes back before the others are through.
+MAX_TOKENS = 64
+# How long after the first step, and between two trials, the other choice is tried on steps of one
+# kind. A lost trial doubles the pause.
+FIRST_PAUSE_S = 2.0
+LONGEST_PAUSE_S = 64.0
 # What a new measurement weighs against those before it.
 WEIGHT = 0.25
-# A step that takes so many times as long as those before it: something has changed, try at once.
+# Two steps in a row that take so many times as long as those before: something has changed, try
+# at once. A single one is the noise of any machine.
 SURPRISE = 1.5
 
 
@@ -27,9 +31,10 @@ class _Kind:
 
     best: int
     other: int
+    next_trial: float  # on the clock
+    pause_s: float = FIRST_PAUSE_S
     usual_seconds: float = 0.0  # with the best number of threads, smoothed
-    pause: int = FIRST_PAUSE
-    until_trial: int = FIRST_PAUSE
+    was_slow: bool = False
 
 
 class ThreadGovernor:
@@ -59,33 +64,39 @@ class ThreadGovernor:
         if self._num_threads == 1:
             yield
             return
+        if num_tokens > MAX_TOKENS:
+            self._use(self._num_threads)
+            yield
+            return
+        started = self._clock()
         # Powers of two: steps of one kind cost about the same.
         kind = self._kinds.setdefault(
-            num_tokens.bit_length(), _Kind(best=self._num_threads, other=1)
+            num_tokens.bit_length(), _Kind(self._num_threads, 1, started + FIRST_PAUSE_S)
         )
-        kind.until_trial -= 1
-        is_trial = kind.until_trial == 0
+        is_trial = started >= kind.next_trial and kind.usual_seconds > 0
         self._use(kind.other if is_trial else kind.best)
-        started = self._clock()
         yield
-        self._learn(kind, is_trial, self._clock() - started)
+        self._learn(kind, is_trial, started, self._clock())
 
     def _use(self, num_threads: int) -> None:
         if num_threads != self._current:
             self._set_num_threads(num_threads)
             self._current = num_threads
 
-    def _learn(self, kind: _Kind, is_trial: bool, seconds: float) -> None:
+    def _learn(self, kind: _Kind, is_trial: bool, started: float, ended: float) -> None:
+        seconds = ended - started
         if not is_trial:
             usual = kind.usual_seconds or seconds
+            is_slow = seconds > SURPRISE * usual
+            if is_slow and kind.was_slow:
+                kind.next_trial, kind.pause_s = ended, FIRST_PAUSE_S
+            kind.was_slow = is_slow
             kind.usual_seconds = usual + WEIGHT * (seconds - usual)
-            if seconds > SURPRISE * usual:
-                kind.until_trial, kind.pause = 1, FIRST_PAUSE
             return
         if seconds < kind.usual_seconds:
             kind.best, kind.other = kind.other, kind.best
             kind.usual_seconds = seconds
-            kind.pause = FIRST_PAUSE
+            kind.pause_s = FIRST_PAUSE_S
         else:
-            kind.pause = min(2 * kind.pause, LONGEST_PAUSE)
-        kind.until_trial = kind.pause
+            kind.pause_s = min(2 * kind.pause_s, LONGEST_PAUSE_S)
+        kind.next_trial = ended + kind.pause_s

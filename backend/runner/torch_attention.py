@@ -4,6 +4,7 @@ Runs wherever torch runs. It is the reference that other backends are held again
 left when none of them fits the machine.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +48,17 @@ class TorchAttention:
         """See `AttentionBackend`."""
         return shape.bytes_per_token * self._block_size
 
-    def allocate(self, shape: LayerShape, num_blocks: int) -> TorchLayerCache:
+    def allocate(
+        self, shapes: Mapping[int, LayerShape], num_blocks: int
+    ) -> dict[int, TorchLayerCache]:
         """See `AttentionBackend`."""
-        return TorchLayerCache(
-            self._zeros(shape.dtype, num_blocks, shape.num_kv_heads, shape.key_size),
-            self._zeros(shape.dtype, num_blocks, shape.num_kv_heads, shape.value_size),
-        )
+        return {
+            layer: TorchLayerCache(
+                self._zeros(shape.dtype, num_blocks, shape.num_kv_heads, shape.key_size),
+                self._zeros(shape.dtype, num_blocks, shape.num_kv_heads, shape.value_size),
+            )
+            for layer, shape in shapes.items()
+        }
 
     def _zeros(self, dtype: torch.dtype, num_blocks: int, heads: int, size: int) -> torch.Tensor:
         shape = (num_blocks, self._block_size, heads, size)

@@ -84,7 +84,7 @@ class Sequences:
     def allocate(self, backend: AttentionBackend[Any, Any]) -> Any:
         layer = self.layer
         shape = LayerShape(layer.num_kv_heads, layer.key_size, layer.value_size, layer.dtype)
-        return backend.allocate(shape, NUM_BLOCKS)
+        return backend.allocate({0: shape}, NUM_BLOCKS)[0]
 
     def attend(
         self,
@@ -261,7 +261,7 @@ def test_layers_with_different_windows_share_a_step(make_backend: Any) -> None:
 def test_bytes_per_block_is_what_is_allocated(make_backend: Any) -> None:
     backend = make_backend(16)
     shape = LayerShape(2, 24, 16, torch.bfloat16)
-    cache = backend.allocate(shape, 3)
+    cache = backend.allocate({0: shape}, 3)[0]
     assert backend.bytes_per_block(shape) == 2 * (24 + 16) * 2 * 16
     assert cache.keys.nbytes + cache.values.nbytes == 3 * backend.bytes_per_block(shape)
     assert not cache.keys.any() and not cache.values.any()

@@ -1,5 +1,6 @@
 """The arithmetic of GPU memory, with the numbers of a GPU that is not there."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -43,10 +44,10 @@ def test_the_largest_step_is_run_over_the_longest_context() -> None:
             batches.append(batch)
             return super().begin_step(batch)
 
-        def allocate(self, shape: LayerShape, num_blocks: int) -> Any:
+        def allocate(self, shapes: Mapping[int, LayerShape], num_blocks: int) -> Any:
             assert num_blocks == 10
-            caches.append(shape)
-            return super().allocate(shape, num_blocks)
+            caches.extend(shapes.values())
+            return super().allocate(shapes, num_blocks)
 
     backend = Watched(CPU, 4)
     num_bytes = cuda_memory.largest_step_bytes(
