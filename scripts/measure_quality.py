@@ -9,6 +9,7 @@ precision. The demo model's text is what its training held out; random token ids
 test of agreement, for there the model is nowhere sure.
 """
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -52,35 +53,40 @@ def main(
 
     Args:
         model: "demo", a folder, or a cached hub model.
-        text: UTF-8; needed for other models than the demo.
+        text: UTF-8; without it, and but for the demo model, there are only random ids.
         num_rows: of text, and of random token ids.
         row_len: tokens in each.
     """
     folder = find_folder(model)
+    rows = read_text(folder, text, is_demo=model == "demo")
+    texts = {} if rows is None else {"text": rows.unfold(0, row_len, row_len)[:num_rows]}
+    vocab_size = load_config(folder).get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    texts["random ids"] = torch.randint(vocab_size, (num_rows, row_len), generator=generator)
+    print(
+        f"{model}: " + ", ".join(f"{ids.numel():,} tokens of {name}" for name, ids in texts.items())
+    )
+    reference: dict[str, torch.Tensor] = {}
+    for precision, (dtype, quantization) in PRECISIONS.items():
+        paged = load(folder, dtype, quantization, row_len)
+        columns = []
+        for name, ids in texts.items():
+            loss, choices = predict(paged, ids)
+            same = (choices == reference.setdefault(name, choices)).double().mean().item()
+            columns.append(f"{name}: first choice as in bfloat16 {same:6.2%}")
+            if name == "text":
+                columns[-1] += f", perplexity {math.exp(loss):.3f}"
+        print(f"{precision:15} ", "; ".join(columns), flush=True)
+
+
+def read_text(folder: Path, text: Path | None, is_demo: bool) -> torch.Tensor | None:
+    """Token ids of the text, one-dimensional, if there is any."""
+    if text is None and not is_demo:
+        return None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if text is not None:
-        ids = torch.tensor(tokenizer.encode(text.read_text("utf-8")).ids)
-        rows = ids.unfold(0, row_len, row_len)
-    elif model == "demo":
-        rows = Rows(tokenizer, seed=0).held_out(row_len)
-    else:
-        sys.exit("measure_quality.py: --text FILE is missing: only the demo model has its own")
-    rows = rows[:num_rows]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(tokenizer.get_vocab_size(), (num_rows, row_len), generator=generator)
-    print(f"{model}: {rows.numel():,} tokens of text, {noise.numel():,} random token ids")
-    print(f"{'precision':16} {'perplexity':>10}   first choice as in bfloat16: text, random ids")
-    reference: list[torch.Tensor] = []
-    for name, (dtype, quantization) in PRECISIONS.items():
-        paged = load(folder, dtype, quantization, row_len)
-        loss, choices = predict(paged, rows)
-        _, noise_choices = predict(paged, noise)
-        reference = reference or [choices, noise_choices]
-        same, noise_same = (
-            100 * (found == expected).double().mean().item()
-            for found, expected in zip((choices, noise_choices), reference, strict=True)
-        )
-        print(f"{name:16} {torch.tensor(loss).exp():10.3f}   {same:.2f} %, {noise_same:.2f} %")
+        return torch.tensor(tokenizer.encode(text.read_text("utf-8")).ids)
+    return Rows(tokenizer, seed=0).held_out().flatten()
 
 
 def load(folder: Path, dtype: Dtype, quantization: Quantization | None, row_len: int) -> PagedModel:
