@@ -30,6 +30,8 @@ from footplate.backend.runner.attention_backend import (
     LayerShape,
 )
 from footplate.backend.runner.fused_layer import PROJECTIONS, FusedLayer, looks_fusible
+from footplate.backend.runner.packed_experts import PackedExperts, drop_weights, looks_like_experts
+from footplate.backend.runner.packed_router import apart, looks_like_router, pack_router
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import short_batch
 from footplate.backend.runner.recording import Recording, record_calls, relative_error
@@ -125,6 +127,8 @@ class Rewriter:
         for looks_right, replace in (
             (looks_fusible, self._replace_layer),
             (_looks_gated, self._replace_mlp),
+            (looks_like_experts, self._replace_experts),
+            (self._looks_like_router, self._replace_router),
             (_looks_like_norm, self._replace_norm),
             (_is_linear, self._replace_linear),
         ):
@@ -161,7 +165,7 @@ class Rewriter:
             return False
         if module.weight is self._tied_weight():
             self._tied = packed
-        self._install(module, packed)
+        self._install(module, packed if packed.n > 1 else apart(packed))
         return True
 
     def _replace_norm(self, module: nn.Module) -> bool:
@@ -207,6 +211,26 @@ class Rewriter:
             gate.bias,
             up.bias,
         )
+
+    # ---- mixtures of experts
+
+    def _replace_experts(self, module: Any) -> bool:
+        activation = ACTIVATIONS.get(type(module.act_fn).__name__)
+        if activation is None:
+            return False
+        packed = PackedExperts(self._kernels, module, activation)
+        if not packed.matches(module, self._recording[module], self._tolerance):
+            return False
+        self._install(module, packed)
+        drop_weights(module)
+        return True
+
+    def _looks_like_router(self, module: nn.Module) -> bool:
+        return module in self._recording and looks_like_router(module, self._recording[module])
+
+    def _replace_router(self, module: nn.Module) -> bool:
+        self._done.add(module)
+        return pack_router(self._kernels, module, self._recording[module], self._tolerance)
 
     # ---- whole layers
 

@@ -25,7 +25,7 @@ CLIENT = b"client"
 TARGET = 0
 NUM_NEW_TOKENS = 20
 # One with norms of heads, one with a window and a soft cap.
-ARCHITECTURES = ("llama", "qwen3", "gemma2")
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "mixtral", "qwen2_moe", "deepseek_v3", "minimax_m2")
 
 
 class RecordingSampler:
