@@ -25,8 +25,8 @@ LANES = 16
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 Quantization = Literal["int8", "int4"]
 FORMATS: dict[Quantization | None, int] = {None: 0, "int8": 1, "int4": 2}
-Activation = Literal["silu", "gelu_tanh"]
-ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
+Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
+ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "swiglu_oai": 3}
 
 
 class _LinearLayer(ctypes.Structure):
@@ -38,6 +38,8 @@ class _LinearLayer(ctypes.Structure):
         ("type", c_int32),
         ("format", c_int32),
         ("activation", c_int32),
+        ("limit", c_float),
+        ("alpha", c_float),
     )
 
 
@@ -307,7 +309,9 @@ class PackedGatedMLP:
     Args:
         gate, up: [n, k], with biases [n] or none.
         down: packed already.
+        activation: "swiglu_oai" is (up + 1) * gate * sigmoid(alpha * gate), of gpt-oss.
         quantization: of gate and up, as in `PackedLinear`.
+        limit: clamps gate from above and up on both sides.
     """
 
     def __init__(
@@ -320,7 +324,10 @@ class PackedGatedMLP:
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         quantization: Quantization | None = None,
+        limit: float | None = None,
+        alpha: float = 1.0,
     ) -> None:
+        assert limit is None or limit > 0
         assert gate.shape == up.shape and gate.dtype is up.dtype is down.dtype
         assert (gate_bias is None) == (up_bias is None)
         n, k = gate.shape
@@ -332,7 +339,9 @@ class PackedGatedMLP:
         _pack(kernels, gate, packed, quantization, 0, 2, 4)
         _pack(kernels, up, packed, quantization, 2, 2, 4)
         biases = None if gate_bias is None or up_bias is None else (gate_bias, up_bias)
-        self._layer = _Layer(kernels, packed, biases, n, k, gate.dtype, quantization, activation)
+        self._layer = _Layer(
+            kernels, packed, biases, n, k, gate.dtype, quantization, activation, limit, alpha
+        )
         self.hidden_size, self.k, self.dtype = n, k, gate.dtype
         self.down = down
 
@@ -363,6 +372,8 @@ class _Layer:
         dtype: torch.dtype,
         quantization: Quantization | None,
         activation: Activation | None = None,
+        limit: float | None = None,
+        alpha: float = 1.0,
     ) -> None:
         self.packed = packed
         self.n, self.k, self.dtype = n, k, dtype
@@ -381,6 +392,8 @@ class _Layer:
             TYPES[dtype],
             FORMATS[quantization],
             ACTIVATIONS[activation],
+            limit or 0.0,
+            alpha,
         )
         self.address = ctypes.addressof(self._struct)
 

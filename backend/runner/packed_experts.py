@@ -5,6 +5,7 @@ attributes how they lie there. From these we know which numbers are whose; wheth
 as in a gated MLP is found out by comparing.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,12 +26,27 @@ WEIGHTS = ("gate_up_proj", "down_proj")
 # input would show. A factor that takes any activation far beyond.
 LOUD = 256.0
 
+# What families call the bound of that clamp, and the factor of "swiglu_oai".
+LIMIT_NAMES = ("limit", "swiglu_limit")
+ALPHA_NAMES = ("alpha", "swiglu_alpha")
+
 
 def looks_like_experts(module: nn.Module) -> bool:
     """Whether `module` has gated experts in parameters whose layout it declares."""
     weights = [getattr(module, name, None) for name in WEIGHTS]
     has_weights = all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights)
-    return has_weights and getattr(module, "has_gate", False) and hasattr(module, "act_fn")
+    return has_weights and getattr(module, "has_gate", False)
+
+
+def activation_of(module: nn.Module, by_class: Mapping[str, Activation]) -> Activation | None:
+    """What the experts of `module` seem to apply to their gate; None for what we do not have.
+
+    Args:
+        by_class: of modules that compute an activation, by the name of their class.
+    """
+    if _first_of(module, ALPHA_NAMES) is not None:
+        return "swiglu_oai"
+    return by_class.get(type(getattr(module, "act_fn", nn.SiLU())).__name__)
 
 
 class PackedExperts:
@@ -141,4 +157,12 @@ def _pack_expert(
         gate_bias,
         up_bias,
         quantization,
+        limit=_first_of(module, LIMIT_NAMES),
+        alpha=_first_of(module, ALPHA_NAMES) or 1.0,
     )
+
+
+def _first_of(module: nn.Module, names: tuple[str, ...]) -> float | None:
+    """The first of these attributes that is a number."""
+    values = [getattr(module, name, None) for name in names]
+    return next((value for value in values if isinstance(value, (int, float))), None)

@@ -25,13 +25,12 @@ VECTOR = 64
 GRAIN = 32768
 
 
-def looks_like_router(module: nn.Module, call: Call) -> bool:
-    """Whether `module` has one matrix, and gave indices among others for its input."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
-        return False
+def looks_like_router(call: Call) -> bool:
+    """Whether a module gave indices, a row of them per token, among others."""
     outputs = call.output if isinstance(call.output, tuple) else ()
-    return any(isinstance(x, torch.Tensor) and x.dtype is torch.int64 for x in outputs)
+    return any(
+        isinstance(x, torch.Tensor) and x.dtype is torch.int64 and x.dim() == 2 for x in outputs
+    )
 
 
 def pack_router(kernels: Kernels, module: Any, call: Call, tolerance: float) -> bool:
@@ -42,15 +41,18 @@ def pack_router(kernels: Kernels, module: Any, call: Call, tolerance: float) -> 
     Returns:
         Whether it computes what it computed; if not, it is as it was.
     """
-    weight: nn.Parameter = module.weight
-    forward = _RowwiseRouter(module.forward, len(weight))
+    # A router without one has a linear layer inside, which is replaced as such.
+    weight = module._parameters.get("weight")
+    has_matrix = weight is not None and weight.dim() == 2
     expected, got = _Products(), _Products()
     outputs: tuple[torch.Tensor, ...] = ()
     with suppress(Exception):  # any code of any architecture runs in there
+        num_experts = max(x.shape[-1] for x in call.output)
+        forward = _RowwiseRouter(module.forward, num_experts)
         with expected:
             forward(*call.args, **call.kwargs)
-        del module.weight
-        module.weight = PackedWeight(kernels, weight)
+        if has_matrix:
+            _set_weight(module, PackedWeight(kernels, weight))
         with got:
             outputs = forward(*call.args, **call.kwargs)
     products = zip(got.results, expected.results, strict=False)
@@ -58,9 +60,14 @@ def pack_router(kernels: Kernels, module: Any, call: Call, tolerance: float) -> 
     if [x.shape for x in outputs] == [x.shape for x in call.output] and max(errors) <= tolerance:
         module.forward = forward
         return True
-    del module.weight
-    module.weight = weight
+    if has_matrix:
+        _set_weight(module, weight)
     return False
+
+
+def _set_weight(module: Any, weight: "nn.Parameter | PackedWeight") -> None:
+    del module.weight  # a parameter would give way to nothing but a parameter
+    module.weight = weight
 
 
 class PackedWeight:
@@ -127,6 +134,7 @@ class _RowwiseRouter:
 
     Args:
         forward: gives tensors with a row per token.
+        num_experts: the longest of these rows.
     """
 
     def __init__(self, forward: Callable[..., tuple[torch.Tensor, ...]], num_experts: int) -> None:
@@ -136,8 +144,10 @@ class _RowwiseRouter:
     def __call__(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, ...]:
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        pieces = [self._whole(piece, args, kwargs) for piece in torch.split(rows, self._max_rows)]
+        pieces = [
+            self._whole(rows, args, kwargs)
+            for rows in torch.split(hidden_states, self._max_rows, dim=-2)
+        ]
         if len(pieces) == 1:
             return pieces[0]
         return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -145,10 +155,11 @@ class _RowwiseRouter:
     def _whole(
         self, rows: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, ...]:
-        missing = -len(rows) % VECTOR
-        padded = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-        outputs = self._forward(padded, *args, **kwargs)
-        return tuple(output[: len(rows)] for output in outputs) if missing else outputs
+        num_rows = rows.shape[-2]
+        missing = -num_rows % VECTOR
+        outputs = self._forward(functional.pad(rows, (0, 0, 0, missing)), *args, **kwargs)
+        assert all(len(output) == num_rows + missing for output in outputs)
+        return tuple(output[:num_rows] for output in outputs)
 
 
 def apart(linear: PackedLinear) -> Callable[[torch.Tensor], torch.Tensor]:

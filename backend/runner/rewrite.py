@@ -30,7 +30,12 @@ from footplate.backend.runner.attention_backend import (
     LayerShape,
 )
 from footplate.backend.runner.fused_layer import PROJECTIONS, FusedLayer, looks_fusible
-from footplate.backend.runner.packed_experts import PackedExperts, drop_weights, looks_like_experts
+from footplate.backend.runner.packed_experts import (
+    PackedExperts,
+    activation_of,
+    drop_weights,
+    looks_like_experts,
+)
 from footplate.backend.runner.packed_router import apart, looks_like_router, pack_router
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import short_batch
@@ -125,7 +130,7 @@ class Rewriter:
     def run(self) -> None:
         """Replace all that can be replaced, the largest structures first."""
         for looks_right, replace in (
-            (looks_fusible, self._replace_layer),
+            (_is_fusible, self._replace_layer),
             (_looks_gated, self._replace_mlp),
             (looks_like_experts, self._replace_experts),
             (self._looks_like_router, self._replace_router),
@@ -215,7 +220,7 @@ class Rewriter:
     # ---- mixtures of experts
 
     def _replace_experts(self, module: Any) -> bool:
-        activation = ACTIVATIONS.get(type(module.act_fn).__name__)
+        activation = activation_of(module, ACTIVATIONS)
         if activation is None:
             return False
         packed = PackedExperts(self._kernels, module, activation)
@@ -226,7 +231,7 @@ class Rewriter:
         return True
 
     def _looks_like_router(self, module: nn.Module) -> bool:
-        return module in self._recording and looks_like_router(module, self._recording[module])
+        return module in self._recording and looks_like_router(self._recording[module])
 
     def _replace_router(self, module: nn.Module) -> bool:
         self._done.add(module)
@@ -237,7 +242,7 @@ class Rewriter:
     def _replace_layer(self, layer: Any) -> bool:
         attention, recorded = layer.self_attn, self._recording
         parts = (layer.input_layernorm, attention, layer.post_attention_layernorm, layer.mlp)
-        if any(part not in recorded for part in parts) or not _looks_gated(layer.mlp):
+        if any(part not in recorded for part in parts):
             return False
         head_norms = [
             self._norm_of(norm) if (norm := getattr(attention, name, None)) is not None else None
@@ -329,6 +334,10 @@ def _looks_gated(module: nn.Module) -> bool:
     names = ("gate_proj", "up_proj", "down_proj")
     linears = [getattr(module, name, None) for name in names]
     return hasattr(module, "act_fn") and all(type(linear) is nn.Linear for linear in linears)
+
+
+def _is_fusible(module: nn.Module) -> bool:
+    return looks_fusible(module) and _looks_gated(module.get_submodule("mlp"))
 
 
 def _rms(x: torch.Tensor) -> float:

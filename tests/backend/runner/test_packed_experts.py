@@ -7,18 +7,24 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM
 from transformers.integrations.moe import use_experts_implementation
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from footplate.backend.kernels.ops import Activation, Kernels
 from footplate.backend.runner.model_runner import load_model_runner
-from footplate.backend.runner.packed_experts import PackedExperts, drop_weights, looks_like_experts
+from footplate.backend.runner.packed_experts import (
+    PackedExperts,
+    activation_of,
+    drop_weights,
+    looks_like_experts,
+)
 from footplate.backend.runner.recording import Call
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 48, 40, 6, 2
-ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+CLASSES: dict[str, Activation] = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,11 +53,17 @@ class OtherLayout(nn.Module):
 
 
 class Clamped(MixtralExperts):
-    """Experts that differ from others where they are loud."""
+    """Experts that differ from others where they are loud, and do not say so."""
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)
+
+
+class DeclaredClamped(Clamped):
+    """Experts that name their bound, as DeepSeek V4's."""
+
+    limit = 10.0
 
 
 class Doubled(MixtralExperts):
@@ -86,7 +98,9 @@ def routed(dtype: torch.dtype, num_tokens: int = 33, weights: torch.dtype | None
     return torch.randn(num_tokens, HIDDEN_SIZE).to(dtype), index, shares
 
 
-def packed_of(kernels: Kernels, experts: Any, activation: Activation = "silu") -> PackedExperts:
+def packed_of(kernels: Kernels, experts: Any) -> PackedExperts:
+    activation = activation_of(experts, CLASSES)
+    assert activation is not None
     return PackedExperts(kernels, experts, activation)
 
 
@@ -96,13 +110,13 @@ def matches(kernels: Kernels, experts: Any, rows: Rows) -> bool:
 
 
 @both_dtypes
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
 def test_packed_experts_are_the_librarys(
     kernels: Kernels, dtype: torch.dtype, activation: str
 ) -> None:
     experts = make(dtype, activation=activation)
     rows = routed(dtype)
-    got = packed_of(kernels, experts, ACTIVATIONS[activation])(*rows)
+    got = packed_of(kernels, experts)(*rows)
     assert got.dtype is dtype
     tolerance = 10 * TOLERANCE[dtype]
     torch.testing.assert_close(got, experts(*rows), rtol=tolerance, atol=tolerance)
@@ -115,6 +129,32 @@ def test_layout_and_biases_are_taken_from_what_the_module_declares(
     experts = make(dtype, OtherLayout)
     assert looks_like_experts(experts)
     assert matches(kernels, experts, routed(dtype))
+
+
+@both_dtypes
+def test_a_clamp_that_the_module_declares_is_computed(kernels: Kernels, dtype: torch.dtype) -> None:
+    assert matches(kernels, make(dtype, DeclaredClamped), routed(dtype))
+
+
+@both_dtypes
+def test_experts_of_gpt_oss_are_computed(kernels: Kernels, dtype: torch.dtype) -> None:
+    config = GptOssConfig(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=INTERMEDIATE_SIZE,
+        num_local_experts=NUM_EXPERTS,
+    )
+    config._experts_implementation = "batched_mm"
+    kind: Any = GptOssExperts
+    experts = kind(config).to(dtype).requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.normal_(0, HIDDEN_SIZE**-0.5)
+    assert looks_like_experts(experts)
+    assert matches(kernels, experts, routed(dtype))
+    experts.alpha = 1.0
+    rows = routed(dtype)
+    call = Call(rows, {}, experts(*rows))
+    experts.alpha = 1.702
+    assert not packed_of(kernels, experts).matches(experts, call, TOLERANCE[dtype])
 
 
 def test_weights_wider_than_the_model_are_not_rounded(kernels: Kernels) -> None:
@@ -165,6 +205,10 @@ def test_experts_without_a_declared_layout_are_not_taken_for_ours() -> None:
     experts.has_gate = False
     assert not looks_like_experts(experts)
     assert not looks_like_experts(nn.Linear(3, 3))
+
+
+def test_an_activation_we_do_not_have_is_named_by_nobody() -> None:
+    assert activation_of(make(activation="relu"), CLASSES) is None
 
 
 def test_dropped_weights_take_no_memory(kernels: Kernels) -> None:

@@ -65,6 +65,19 @@ class LinearRouter(nn.Linear):
         return logits, *logits.float().sigmoid().topk(TOP_K)
 
 
+class RouterOfModules(nn.Module):
+    """With a linear layer of its own, for sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN_SIZE, NUM_EXPERTS).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> Routed:
+        _, _, hidden_size = x.shape
+        logits = self.gate(x.view(-1, hidden_size)).float()
+        return logits, *logits.sigmoid().topk(TOP_K)
+
+
 ROUTERS = [Router, WideRouter, BiasedRouter, LinearRouter]
 
 
@@ -75,7 +88,7 @@ def make(kind: Any, dtype: torch.dtype) -> Any:
 
 def pack(kernels: Kernels, router: Any, x: torch.Tensor) -> bool:
     call = Call((x,), {}, router(x))
-    assert looks_like_router(router, call)
+    assert looks_like_router(call)
     return pack_router(kernels, router, call, 1e-5 if x.dtype is torch.float32 else 1e-2)
 
 
@@ -105,6 +118,17 @@ def test_a_token_is_routed_alike_in_any_batch(
             rows = slice(first, first + num_rows)
             for got, whole in zip(router(x[rows]), expected, strict=True):
                 assert torch.equal(got, whole[rows])
+
+
+def test_a_router_of_modules_is_given_whole_vectors_of_rows(kernels: Kernels) -> None:
+    router, x = make(RouterOfModules, torch.float32), torch.randn(1, 90, HIDDEN_SIZE)
+    gate = router.gate
+    assert pack(kernels, router, x[:, :23])
+    gate.forward = PackedLinear(kernels, gate.weight, gate.bias)
+    expected = router(x)
+    for num_rows in range(1, 70):
+        for got, whole in zip(router(x[:, 3 : 3 + num_rows]), expected, strict=True):
+            assert torch.equal(got, whole[3 : 3 + num_rows])
 
 
 def test_torch_itself_routes_by_what_stands_beside_a_token() -> None:
@@ -143,8 +167,8 @@ def test_a_router_of_another_structure_is_left_as_it_was(kernels: Kernels, kind:
 def test_a_module_without_choices_is_no_router() -> None:
     x = torch.randn(3, 4)
     linear = nn.Linear(4, 5)
-    assert not looks_like_router(linear, Call((x,), {}, linear(x)))
-    assert not looks_like_router(nn.Identity(), Call((x,), {}, (x, x.argmax(-1))))
+    assert not looks_like_router(Call((x,), {}, linear(x)))
+    assert not looks_like_router(Call((x,), {}, (x, x.argmax(-1))))
 
 
 @both_dtypes
