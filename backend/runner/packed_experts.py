@@ -14,6 +14,7 @@ from torch import nn
 from footplate.backend.kernels.ops import (
     Activation,
     Kernels,
+    PackedExperts,
     PackedGatedMLP,
     PackedLinear,
     Quantization,
@@ -35,7 +36,11 @@ def looks_like_experts(module: nn.Module) -> bool:
     """Whether `module` has gated experts in parameters whose layout it declares."""
     weights = [getattr(module, name, None) for name in WEIGHTS]
     has_weights = all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights)
-    return has_weights and getattr(module, "has_gate", False)
+    if not has_weights or not getattr(module, "has_gate", False):
+        return False
+    down = module.get_parameter("down_proj")
+    size = down.shape[1 if getattr(module, "is_transposed", False) else 2]
+    return size * down.itemsize % 4 == 0  # whole words, as the kernels need
 
 
 def activation_of(module: nn.Module, by_class: Mapping[str, Activation]) -> Activation | None:
@@ -49,76 +54,44 @@ def activation_of(module: nn.Module, by_class: Mapping[str, Activation]) -> Acti
     return by_class.get(type(getattr(module, "act_fn", nn.SiLU())).__name__)
 
 
-class PackedExperts:
-    """Stands in for the `forward` of an experts module. Keeps nothing of its parameters.
-
-    A token's result is the sum over its slots in their order, whichever tokens are beside it.
+def pack_experts(
+    kernels: Kernels,
+    module: Any,
+    activation: Activation,
+    quantization: Quantization | None = None,
+) -> PackedExperts:
+    """What may stand in for the `forward` of `module`; keeps nothing of its parameters.
 
     Args:
         module: see `looks_like_experts`.
         quantization: of every expert, as in `PackedLinear`.
     """
+    experts = range(len(module.down_proj))
+    return PackedExperts(
+        kernels, [_pack_expert(kernels, module, i, activation, quantization) for i in experts]
+    )
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        module: Any,
-        activation: Activation,
-        quantization: Quantization | None = None,
-    ) -> None:
-        self._experts = [
-            _pack_expert(kernels, module, expert, activation, quantization)
-            for expert in range(len(module.down_proj))
-        ]
 
-    def __call__(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """What each token's experts make of it, weighted and summed.
-
-        Args:
-            hidden_states: [num_tokens, hidden_size].
-            top_k_index: [num_tokens, top_k], int64; an expert per slot.
-            top_k_weights: [num_tokens, top_k], of any floating type.
-
-        Returns:
-            [num_tokens, hidden_size], in the type of `hidden_states`.
-        """
-        num_tokens, top_k = top_k_index.shape
-        experts, order = top_k_index.flatten().sort(stable=True)
-        active, counts = torch.unique_consecutive(experts, return_counts=True)
-        rows = torch.split(hidden_states[order // top_k], counts.tolist())
-        by_expert = torch.cat(
-            [self._experts[expert](x) for expert, x in zip(active.tolist(), rows, strict=True)]
+def experts_match(packed: PackedExperts, module: Any, call: Call, tolerance: float) -> bool:
+    """Whether `packed` computes what `module` computes: in the recorded call, and every expert by
+    itself, because a recorded call need not have come to all of them."""
+    if call.kwargs or [x.dim() for x in call.args] != [2, 2, 2]:
+        return False
+    if relative_error(packed(*call.args), call.output) > tolerance:
+        return False
+    rows = call.args[0][:2]
+    index = torch.arange(len(packed)).repeat_interleave(len(rows))[:, None]
+    weights = rows.new_ones(index.shape)
+    for factor in (1.0, LOUD):
+        x = (factor * rows).repeat(len(packed), 1)
+        of_each = zip(
+            torch.split(packed(x, index, weights), len(rows)),
+            torch.split(module(x, index, weights), len(rows)),
+            strict=True,
         )
-        by_slot = torch.empty_like(by_expert).index_copy_(0, order, by_expert)
-        weighted = by_slot.view(num_tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
-        # One slot after another: `sum` may choose its order by the shape of the whole batch.
-        total = weighted[:, 0].float()
-        for slot in range(1, top_k):
-            total += weighted[:, slot]
-        return total.to(hidden_states.dtype)
-
-    def matches(self, module: Any, call: Call, tolerance: float) -> bool:
-        """Whether this computes what `module` computes: in the recorded call, and every expert by
-        itself, because a recorded call need not have come to all of them."""
-        if call.kwargs or [x.dim() for x in call.args] != [2, 2, 2]:
+        if any(relative_error(got, expected) > tolerance for got, expected in of_each):
             return False
-        if relative_error(self(*call.args), call.output) > tolerance:
-            return False
-        num_experts, rows = len(self._experts), call.args[0][:2]
-        index = torch.arange(num_experts).repeat_interleave(len(rows))[:, None]
-        weights = rows.new_ones(index.shape)
-        for factor in (1.0, LOUD):
-            x = (factor * rows).repeat(num_experts, 1)
-            of_each = zip(
-                torch.split(self(x, index, weights), len(rows)),
-                torch.split(module(x, index, weights), len(rows)),
-                strict=True,
-            )
-            if any(relative_error(got, expected) > tolerance for got, expected in of_each):
-                return False
-        return True
+    return True
 
 
 def drop_weights(module: nn.Module) -> None:

@@ -31,10 +31,11 @@ from footplate.backend.runner.attention_backend import (
 )
 from footplate.backend.runner.fused_layer import PROJECTIONS, FusedLayer, looks_fusible
 from footplate.backend.runner.packed_experts import (
-    PackedExperts,
     activation_of,
     drop_weights,
+    experts_match,
     looks_like_experts,
+    pack_experts,
 )
 from footplate.backend.runner.packed_router import apart, looks_like_router, pack_router
 from footplate.backend.runner.paged_model import PagedModel
@@ -223,8 +224,8 @@ class Rewriter:
         activation = activation_of(module, ACTIVATIONS)
         if activation is None:
             return False
-        packed = PackedExperts(self._kernels, module, activation)
-        if not packed.matches(module, self._recording[module], self._tolerance):
+        packed = pack_experts(self._kernels, module, activation)
+        if not experts_match(packed, module, self._recording[module], self._tolerance):
             return False
         self._install(module, packed)
         drop_weights(module)

@@ -12,13 +12,14 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from footplate.backend.kernels.ops import Activation, Kernels
+from footplate.backend.kernels.ops import Activation, Kernels, PackedExperts
 from footplate.backend.runner.model_runner import load_model_runner
 from footplate.backend.runner.packed_experts import (
-    PackedExperts,
     activation_of,
     drop_weights,
+    experts_match,
     looks_like_experts,
+    pack_experts,
 )
 from footplate.backend.runner.recording import Call
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
@@ -101,12 +102,12 @@ def routed(dtype: torch.dtype, num_tokens: int = 33, weights: torch.dtype | None
 def packed_of(kernels: Kernels, experts: Any) -> PackedExperts:
     activation = activation_of(experts, CLASSES)
     assert activation is not None
-    return PackedExperts(kernels, experts, activation)
+    return pack_experts(kernels, experts, activation)
 
 
 def matches(kernels: Kernels, experts: Any, rows: Rows) -> bool:
     call = Call(rows, {}, experts(*rows))
-    return packed_of(kernels, experts).matches(experts, call, TOLERANCE[rows[0].dtype])
+    return experts_match(packed_of(kernels, experts), experts, call, TOLERANCE[rows[0].dtype])
 
 
 @both_dtypes
@@ -154,7 +155,7 @@ def test_experts_of_gpt_oss_are_computed(kernels: Kernels, dtype: torch.dtype) -
     rows = routed(dtype)
     call = Call(rows, {}, experts(*rows))
     experts.alpha = 1.702
-    assert not packed_of(kernels, experts).matches(experts, call, TOLERANCE[dtype])
+    assert not experts_match(packed_of(kernels, experts), experts, call, TOLERANCE[dtype])
 
 
 def test_weights_wider_than_the_model_are_not_rounded(kernels: Kernels) -> None:
@@ -186,10 +187,10 @@ def test_an_expert_nobody_was_routed_to_is_checked(kernels: Kernels) -> None:
     rows = (x, index.clamp(max=NUM_EXPERTS - 2), weights)
     packed = packed_of(kernels, experts)
     call = Call(rows, {}, experts(*rows))
-    assert packed.matches(experts, call, 1e-5)
+    assert experts_match(packed, experts, call, 1e-5)
     experts.down_proj[NUM_EXPERTS - 1] *= 1.1
     assert torch.equal(experts(*rows), call.output), "the recorded call does not show it"
-    assert not packed.matches(experts, call, 1e-5)
+    assert not experts_match(packed, experts, call, 1e-5)
 
 
 @both_dtypes
