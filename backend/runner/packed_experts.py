@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from footplate.backend.kernels.ops import (
+    TYPES,
     Activation,
     Kernels,
     PackedExperts,
@@ -40,7 +41,8 @@ def looks_like_experts(module: nn.Module) -> bool:
         return False
     down = module.get_parameter("down_proj")
     size = down.shape[1 if getattr(module, "is_transposed", False) else 2]
-    return size * down.itemsize % 4 == 0  # whole words, as the kernels need
+    # Between their layers, the kernels need whole words.
+    return down.dtype in TYPES and size * down.itemsize % 4 == 0
 
 
 def activation_of(module: nn.Module, by_class: Mapping[str, Activation]) -> Activation | None:
@@ -75,11 +77,16 @@ def pack_experts(
 def experts_match(packed: PackedExperts, module: Any, call: Call, tolerance: float) -> bool:
     """Whether `packed` computes what `module` computes: in the recorded call, and every expert by
     itself, because a recorded call need not have come to all of them."""
-    if call.kwargs or [x.dim() for x in call.args] != [2, 2, 2]:
+    if call.kwargs or len(call.args) != 3:
+        return False
+    hidden_states, top_k_index, top_k_weights = call.args
+    if hidden_states.dim() != 2 or hidden_states.dtype is not packed.dtype:
+        return False
+    if top_k_index.dtype is not torch.int64 or top_k_weights.shape != top_k_index.shape:
         return False
     if relative_error(packed(*call.args), call.output) > tolerance:
         return False
-    rows = call.args[0][:2]
+    rows = hidden_states[:2]
     index = torch.arange(len(packed)).repeat_interleave(len(rows))[:, None]
     weights = rows.new_ones(index.shape)
     for factor in (1.0, LOUD):

@@ -235,7 +235,6 @@ class Rewriter:
         return module in self._recording and looks_like_router(self._recording[module])
 
     def _replace_router(self, module: nn.Module) -> bool:
-        self._done.add(module)
         return pack_router(self._kernels, module, self._recording[module], self._tolerance)
 
     # ---- whole layers

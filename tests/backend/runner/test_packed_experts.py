@@ -208,6 +208,28 @@ def test_experts_without_a_declared_layout_are_not_taken_for_ours() -> None:
     assert not looks_like_experts(nn.Linear(3, 3))
 
 
+def test_a_type_and_sizes_that_kernels_do_not_know_are_not_taken_for_ours() -> None:
+    assert not looks_like_experts(make(torch.float16))
+    experts = make(torch.bfloat16)
+    experts.down_proj = nn.Parameter(experts.down_proj[..., 1:])
+    assert not looks_like_experts(experts)
+
+
+def test_experts_that_are_called_otherwise_do_not_match(kernels: Kernels) -> None:
+    experts = make()
+    x, index, weights = rows = routed(torch.float32)
+    packed, expected = packed_of(kernels, experts), experts(*rows)
+    assert experts_match(packed, experts, Call(rows, {}, expected), 1e-5)
+    for args, kwargs in (
+        ((x, index), {"top_k_weights": weights}),
+        ((x[None], index, weights), {}),
+        ((x.bfloat16(), index, weights), {}),
+        ((x, index.int(), weights), {}),
+        ((x, index, weights.repeat(1, 2)), {}),
+    ):
+        assert not experts_match(packed, experts, Call(args, kwargs, expected), 1e-5)
+
+
 def test_an_activation_we_do_not_have_is_named_by_nobody() -> None:
     assert activation_of(make(activation="relu"), CLASSES) is None
 
