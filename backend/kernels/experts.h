@@ -54,7 +54,7 @@ struct Routing {
 
 // What the expert of each slot makes of its token, sorted by expert: computed[num_slots, outputs].
 //
-//   x       rows `x_stride` numbers apart
+//   x       rows of whole words, `x_stride` numbers apart
 //   linear  (layer, x, x_stride, y, m) computes one layer
 template <class E, class Linear>
 void compute_experts(const Expert* experts, const Routing& routing, const E* x, size_t x_stride,
@@ -63,7 +63,9 @@ void compute_experts(const Expert* experts, const Routing& routing, const E* x, 
     static thread_local std::vector<E> rows, hidden;
     const Routing::Piece& piece = routing.pieces[item];
     const Expert& expert = experts[piece.expert];
-    size_t width = x_stride, size = expert.gated->n, outputs = expert.down->n;
+    constexpr size_t values = sizeof(word) / sizeof(E);
+    size_t width = (expert.gated->k + values - 1) / values * values;
+    size_t size = expert.gated->n, outputs = expert.down->n;
     rows.resize(piece.count * width);
     hidden.resize(piece.count * size);
     for (int i = 0; i < piece.count; ++i) {

@@ -85,6 +85,16 @@ def test_an_expert_nobody_is_routed_to_and_no_token_at_all(kernels: Kernels) -> 
     assert experts(x[:0], index[:0], torch.ones(0, 1)).shape == (0, OUTPUTS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_arguments_are_read_where_they_lie(kernels: Kernels, dtype: torch.dtype) -> None:
+    experts, _ = make(kernels, dtype)
+    x, index, weights = rows(dtype, 19)
+    wide = torch.full((19, 4 * INPUTS), torch.nan).to(dtype)
+    wide[:, -INPUTS:] = x
+    got = experts(wide[:, -INPUTS:], index.T.contiguous().T, weights.T.contiguous().T)
+    assert torch.equal(got, experts(x, index, weights))
+
+
 def test_a_token_that_is_not_finite_stays_alone(kernels: Kernels) -> None:
     experts, _ = make(kernels, torch.float32)
     x, index, weights = rows(torch.float32, 19)
