@@ -7,6 +7,7 @@
 //   tile.h             the micro-kernel
 //   linear.h           linear layers, gated ones too
 //   quantised.h        the same with weights of 8 and 4 bits
+//   experts.h          experts of a mixture, over the rows routed to each
 //   norm.h             RMSNorm, rotary positions
 //   cache.h            pages of keys and values
 //   attention.h        attention over them
@@ -14,6 +15,7 @@
 //   sampling.h         logits become tokens
 #include "attention.h"
 #include "decoder_layer.h"
+#include "experts.h"
 #include "linear.h"
 #include "norm.h"
 #include "quantised.h"
@@ -75,6 +77,32 @@ void footplate_linear(const LinearLayer* layer, const void* x, int64_t x_stride,
     using E = Number<decltype(null)>;
     apply(*layer, static_cast<const E*>(x), x_stride, static_cast<const E*>(residual), y, wide, m);
   });
+}
+
+// A mixture: y[num_tokens, outputs] from x[num_tokens, inputs], with index and weights
+// [num_tokens, top_k]. Weights are in the type of x or in float. False, and nothing written, when
+// an index names no expert.
+bool footplate_experts(int32_t type, const Expert* experts, int num_experts, const void* x,
+                       int64_t x_stride, const int64_t* index, const void* weights,
+                       int32_t weights_type, void* computed, void* y, int num_tokens, int top_k) {
+  static thread_local Routing routing;
+  if (!routing.sort(index, num_tokens * top_k, num_experts)) return false;
+  auto layer = [](const LinearLayer* linear, const void* rows, int64_t stride, void* out, int m) {
+    footplate_linear(linear, rows, stride, nullptr, out, false, m);
+  };
+  with_type(type, [&](auto null) {
+    using E = Number<decltype(null)>;
+    E *of_slots = static_cast<E*>(computed), *of_tokens = static_cast<E*>(y);
+    int size = experts[0].down->n;
+    compute_experts(experts, routing, static_cast<const E*>(x), x_stride, of_slots, top_k, layer);
+    if (weights_type == type)
+      add_slots(routing, of_slots, static_cast<const E*>(weights), of_tokens, num_tokens, top_k,
+                size);
+    else
+      add_slots(routing, of_slots, static_cast<const float*>(weights), of_tokens, num_tokens,
+                top_k, size);
+  });
+  return true;
 }
 
 void footplate_rms_norm(int32_t type, const Norm* norm, const void* x, int64_t x_stride, void* y,

@@ -21,10 +21,13 @@ struct LinearLayer {
   int32_t type;        // of activations, see `Type`
   int32_t format;      // of weights, see `Format`
   int32_t activation;  // see `Activation`
+  float limit;         // gate goes no higher, up stays within plus and minus this; 0 for none
+  float alpha;         // of SWIGLU_OAI
 };
 
 enum Format : int32_t { AS_ACTIVATIONS = 0, INT8 = 1, INT4 = 2 };
-enum Activation : int32_t { NOT_GATED = 0, SILU = 1, GELU_TANH = 2 };
+// SWIGLU_OAI, of gpt-oss, is gate * sigmoid(alpha * gate) * (up + 1).
+enum Activation : int32_t { NOT_GATED = 0, SILU = 1, GELU_TANH = 2, SWIGLU_OAI = 3 };
 
 // The panel that this thread will work on next, fetched while it still computes on the one before:
 // with more than a few rows a panel is computed for longer than it takes to read, and neither
@@ -168,7 +171,28 @@ void linear(const LinearLayer& layer, const Product& product, const E* residual,
   for_each_tile(product, layer.weights, m, (n + lanes - 1) / lanes, finish);
 }
 
-// y = activation(x gate^T) * (x up^T), each of the four results rounded.
+// What a gated layer makes of its two products, rounded wherever an eager module would have written
+// its result.
+template <class E>
+INLINE simd::F32 join(const LinearLayer& layer, simd::F32 gate, simd::F32 up) {
+  using namespace simd;
+  gate = rounded<E>(gate);
+  up = rounded<E>(up);
+  if (layer.limit > 0) {
+    // The first operand is the one that is dropped when the other is NaN.
+    F32 limit = broadcast(layer.limit);
+    gate = min(limit, gate);
+    up = max(zeros() - limit, min(limit, up));
+  }
+  if (layer.activation == SWIGLU_OAI) {
+    F32 scaled = rounded<E>(broadcast(layer.alpha) * gate);
+    F32 one = broadcast(1.0f), sigmoid = one / (one + exp(zeros() - scaled));
+    return rounded<E>(up + one) * rounded<E>(gate * rounded<E>(sigmoid));
+  }
+  return rounded<E>(layer.activation == SILU ? silu(gate) : gelu_tanh(gate)) * up;
+}
+
+// y = activation(x gate^T) * (x up^T).
 template <class E, class Product>
 void gated(const LinearLayer& layer, const Product& product, E* y, int m) {
   using namespace simd;
@@ -185,10 +209,8 @@ void gated(const LinearLayer& layer, const Product& product, E* y, int m) {
           gate = gate + load(bias + column, count);
           up = up + load(bias + n + column, count);
         }
-        gate = rounded<E>(gate);
-        gate = layer.activation == SILU ? silu(gate) : gelu_tanh(gate);
-        store(y + static_cast<size_t>(first_row + r) * n + column,
-              rounded<E>(gate) * rounded<E>(up), count);
+        store(y + static_cast<size_t>(first_row + r) * n + column, join<E>(layer, gate, up),
+              count);
       }
     }
   };

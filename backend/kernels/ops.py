@@ -25,8 +25,8 @@ LANES = 16
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 Quantization = Literal["int8", "int4"]
 FORMATS: dict[Quantization | None, int] = {None: 0, "int8": 1, "int4": 2}
-Activation = Literal["silu", "gelu_tanh"]
-ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
+Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
+ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "swiglu_oai": 3}
 
 
 class _LinearLayer(ctypes.Structure):
@@ -38,6 +38,8 @@ class _LinearLayer(ctypes.Structure):
         ("type", c_int32),
         ("format", c_int32),
         ("activation", c_int32),
+        ("limit", c_float),
+        ("alpha", c_float),
     )
 
 
@@ -115,6 +117,12 @@ class Kernels:
         )
         self._unpack_rows = function("unpack_rows", pointer, pointer, pointer, c_int, result=c_bool)
         self._linear = function("linear", pointer, pointer, size, pointer, pointer, c_bool, c_int)
+        self._experts = function(
+            "experts",
+            *(c_int32, pointer, c_int, pointer, size, pointer, pointer, c_int32),
+            *(pointer, pointer, c_int, c_int),
+            result=c_bool,
+        )
         self._rms_norm = function(
             "rms_norm", c_int32, pointer, pointer, size, pointer, c_int, c_int
         )
@@ -355,7 +363,9 @@ class PackedGatedMLP:
     Args:
         gate, up: [n, k], with biases [n] or none.
         down: packed already.
+        activation: "swiglu_oai" is (up + 1) * gate * sigmoid(alpha * gate), of gpt-oss.
         quantization: of gate and up, as in `PackedLinear`.
+        limit: clamps gate from above and up on both sides.
     """
 
     def __init__(
@@ -368,7 +378,10 @@ class PackedGatedMLP:
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         quantization: Quantization | None = None,
+        limit: float | None = None,
+        alpha: float = 1.0,
     ) -> None:
+        assert limit is None or limit > 0
         assert gate.shape == up.shape and gate.dtype is up.dtype is down.dtype
         assert (gate_bias is None) == (up_bias is None)
         n, k = gate.shape
@@ -378,7 +391,9 @@ class PackedGatedMLP:
         _pack(kernels, gate, packed, quantization, 0, 2, 4)
         _pack(kernels, up, packed, quantization, 2, 2, 4)
         biases = None if gate_bias is None or up_bias is None else (gate_bias, up_bias)
-        self._layer = _Layer(kernels, packed, biases, n, k, gate.dtype, quantization, activation)
+        self._layer = _Layer(
+            kernels, packed, biases, n, k, gate.dtype, quantization, activation, limit, alpha
+        )
         self.hidden_size, self.k, self.dtype = n, k, gate.dtype
         self.down = down
         self.address = self._layer.address
@@ -392,9 +407,74 @@ class PackedGatedMLP:
         """[..., k] to [..., outputs of `down`]; `residual` is added as by `PackedLinear`."""
         return self.down(self._layer(x), residual)
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of what the kernels know of the two layers."""
+        return self._layer.address, self.down._layer.address
+
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """activation(gate(x)) * up(x): [..., k] to [..., hidden_size]."""
         return self._layer(x)
+
+
+class PackedExperts:
+    """The experts of a mixture (Shazeer et al. 2017), each over the rows routed to it, in one call.
+
+    Args:
+        experts: of the same sizes and type; between their layers, whole words.
+    """
+
+    def __init__(self, kernels: Kernels, experts: Sequence[PackedGatedMLP]) -> None:
+        first = experts[0]
+        self.k, self.n, self.dtype = first.k, first.down.n, first.dtype
+        assert first.hidden_size * self.dtype.itemsize % 4 == 0
+        for expert in experts:
+            assert (expert.k, expert.down.n, expert.dtype) == (self.k, self.n, self.dtype)
+            assert expert.hidden_size == expert.down.k == first.hidden_size
+        self._call = kernels._experts
+        self._experts = list(experts)
+        addresses = [address for expert in experts for address in expert.addresses]
+        self._addresses = (c_void_p * len(addresses))(*addresses)
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(expert.nbytes for expert in self._experts)
+
+    def __call__(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of what each token's experts make of it, in the order of its slots.
+
+        Args:
+            x: [num_tokens, k].
+            index: [num_tokens, top_k], int64; an expert per slot.
+            weights: [num_tokens, top_k]; results are rounded to their type, and their sum to
+                that of `x`.
+
+        Returns:
+            [num_tokens, n].
+
+        Raises:
+            IndexError: there is no such expert.
+        """
+        num_tokens, top_k = index.shape
+        assert x.shape == (num_tokens, self.k) and x.dtype is self.dtype
+        assert weights.shape == index.shape and index.dtype is torch.int64
+        if weights.dtype is not self.dtype:
+            weights = weights.float()
+        x, stride = _rows(x)
+        index, weights = index.contiguous(), weights.contiguous()
+        computed = torch.empty((num_tokens * top_k, self.n), dtype=self.dtype)
+        y = torch.empty((num_tokens, self.n), dtype=self.dtype)
+        if not self._call(
+            *(TYPES[self.dtype], self._addresses, len(self._experts), x.data_ptr(), stride),
+            *(index.data_ptr(), weights.data_ptr(), TYPES[weights.dtype]),
+            *(computed.data_ptr(), y.data_ptr(), num_tokens, top_k),
+        ):
+            raise IndexError(f"there are experts 0 to {len(self._experts) - 1}")
+        return y
 
 
 class _Layer:
@@ -410,6 +490,8 @@ class _Layer:
         dtype: torch.dtype,
         quantization: Quantization | None,
         activation: Activation | None = None,
+        limit: float | None = None,
+        alpha: float = 1.0,
     ) -> None:
         self.packed = packed
         self.n, self.k, self.dtype = n, k, dtype
@@ -428,6 +510,8 @@ class _Layer:
             TYPES[dtype],
             FORMATS[quantization],
             ACTIVATIONS[activation],
+            limit or 0.0,
+            alpha,
         )
         self.address = ctypes.addressof(self._struct)
 

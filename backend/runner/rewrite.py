@@ -35,6 +35,14 @@ from footplate.backend.runner.attention_backend import (
 from footplate.backend.runner.direct_forward import DirectForward, direct_forward_of
 from footplate.backend.runner.fused_layer import PROJECTIONS, FusedLayer, looks_fusible
 from footplate.backend.runner.mapped_weights import MappedWeights
+from footplate.backend.runner.packed_experts import (
+    activation_of,
+    drop_weights,
+    experts_match,
+    looks_like_experts,
+    pack_experts,
+)
+from footplate.backend.runner.packed_router import apart, looks_like_router, pack_router
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import short_batch
 from footplate.backend.runner.recording import Recording, record_calls, relative_error
@@ -159,8 +167,10 @@ class Rewriter:
     def run(self) -> None:
         """Replace all that can be replaced, the largest structures first."""
         for looks_right, replace in (
-            (looks_fusible, self._replace_layer),
+            (_is_fusible, self._replace_layer),
             (_looks_gated, self._replace_mlp),
+            (looks_like_experts, self._replace_experts),
+            (self._looks_like_router, self._replace_router),
             (_looks_like_norm, self._replace_norm),
             (_is_linear, self._replace_linear),
         ):
@@ -210,7 +220,7 @@ class Rewriter:
             packed = PackedLinear(self._kernels, module.weight, module.bias, quantization)
         if module is self._model.get_output_embeddings():
             self.head = packed
-        self._install(module, packed)
+        self._install(module, packed if packed.n > 1 else apart(packed))
         return True
 
     def _quantization_of(self, module: nn.Linear) -> Quantization | None:
@@ -270,6 +280,29 @@ class Rewriter:
             quantization,
         )
 
+    # ---- mixtures of experts
+
+    def _replace_experts(self, module: Any) -> bool:
+        activation = activation_of(module, ACTIVATIONS)
+        if activation is None:
+            return False
+        packed = pack_experts(self._kernels, module, activation)
+        if not experts_match(packed, module, self._recording[module], self._tolerance):
+            return False
+        if self._quantization:
+            packed = pack_experts(self._kernels, module, activation, self._quantization)
+        for weight in module.parameters(recurse=False):
+            self._mapped.release(weight)
+        self._install(module, packed)
+        drop_weights(module)
+        return True
+
+    def _looks_like_router(self, module: nn.Module) -> bool:
+        return module in self._recording and looks_like_router(self._recording[module])
+
+    def _replace_router(self, module: nn.Module) -> bool:
+        return pack_router(self._kernels, module, self._recording[module], self._tolerance)
+
     # ---- whole layers
 
     def _replace_layer(self, layer: Any) -> bool:
@@ -279,7 +312,7 @@ class Rewriter:
             layer.post_attention_layernorm,
             layer.mlp,
         )
-        if any(part not in self._recording for part in parts) or not _looks_gated(layer.mlp):
+        if any(part not in self._recording for part in parts):
             return False
         fused = self._fused(layer)
         if fused is None or not self._layer_matches(layer, fused):
@@ -382,6 +415,10 @@ def _looks_gated(module: nn.Module) -> bool:
     names = ("gate_proj", "up_proj", "down_proj")
     linears = [getattr(module, name, None) for name in names]
     return hasattr(module, "act_fn") and all(type(linear) is nn.Linear for linear in linears)
+
+
+def _is_fusible(module: nn.Module) -> bool:
+    return looks_fusible(module) and _looks_gated(module.get_submodule("mlp"))
 
 
 def _rms(x: torch.Tensor) -> float:

@@ -24,8 +24,9 @@ from .driver import KERNEL_BLOCK_SIZE, Case, Loader, Observed
 CLIENT = b"client"
 TARGET = 0
 NUM_NEW_TOKENS = 20
-# One with norms of heads, one with a window and a soft cap.
-ARCHITECTURES = ("llama", "qwen3", "gemma2")
+# Norms of heads; a window and a soft cap; experts beside a shared one with a gate, behind a router
+# that is a linear layer, in float32 with sigmoids, with biases.
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "qwen2_moe", "phimoe", "deepseek_v3", "gpt_oss")
 
 
 class RecordingSampler:

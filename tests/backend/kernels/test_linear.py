@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from footplate.backend.kernels.ops import Kernels, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.ops import Activation, Kernels, PackedGatedMLP, PackedLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -155,3 +155,35 @@ def test_gated_mlp_is_the_chain_of_its_modules(
         assert torch.equal(mlp(x, residual), packed_down(hidden) + residual)
         assert torch.equal(mlp.hidden(x[7:8]), hidden[7:8])
         assert mlp(x[:0]).shape == (0, 30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", [None, 0.7])
+def test_gates_of_gpt_oss_are_clamped_and_shifted(
+    kernels: Kernels, dtype: torch.dtype, limit: float | None
+) -> None:
+    gate, up = weight(40, 51, dtype), weight(40, 51, dtype)
+    down = PackedLinear(kernels, weight(30, 40, dtype))
+    mlp = PackedGatedMLP(kernels, gate, up, down, "swiglu_oai", limit=limit, alpha=1.702)
+    x = 2 * torch.randn(19, 51).to(dtype)
+    x[3] = torch.nan
+    g, u = PackedLinear(kernels, gate)(x), PackedLinear(kernels, up)(x)
+    if limit is not None:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    expected = (u + 1) * (g * torch.sigmoid(g * 1.702))
+    hidden = mlp.hidden(x)
+    torch.testing.assert_close(hidden, expected, equal_nan=True)
+    assert hidden[3].isnan().all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_any_gate_can_be_clamped(kernels: Kernels, activation: Activation) -> None:
+    gate, up = weight(40, 51, torch.float32), weight(40, 51, torch.float32)
+    down = PackedLinear(kernels, weight(30, 40, torch.float32))
+    mlp = PackedGatedMLP(kernels, gate, up, down, activation, limit=0.7)
+    x = 2 * torch.randn(19, 51)
+    g = PackedLinear(kernels, gate)(x).clamp(max=0.7)
+    u = PackedLinear(kernels, up)(x).clamp(-0.7, 0.7)
+    silu = activation == "silu"
+    expected = (functional.silu(g) if silu else functional.gelu(g, approximate="tanh")) * u
+    torch.testing.assert_close(mlp.hidden(x), expected)

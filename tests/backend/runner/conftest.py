@@ -1,11 +1,15 @@
 """For all tests of runners."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from footplate.backend.kernels import build
+from footplate.backend.kernels.ops import Kernels
 
 SaveLlama = Callable[..., Path]
 
@@ -38,3 +42,11 @@ def save_llama(tmp_path: Path) -> SaveLlama:
         return tmp_path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    """The kernels of this machine."""
+    library = build.load(build.cache_folder(os.environ))
+    assert library is not None, "this machine has no compiler that works"
+    return Kernels(library)
