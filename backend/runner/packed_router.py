@@ -2,8 +2,7 @@
 
 Every family chooses its experts in its own way, in its own code, which we leave to it. Only two
 things in there depend on what else is in the batch, and each would change a request's logits:
-the product with the router's matrix, and functions such as the sigmoid, whose last few elements
-torch computes by another formula than the rest.
+the product with the router's matrix, and functions such as the sigmoid (see whole_vectors.py).
 """
 
 import math
@@ -18,11 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from footplate.backend.kernels.ops import Kernels, PackedLinear
 from footplate.backend.runner.recording import Call, relative_error
-
-# Numbers that torch's elementwise loops take at a time: two registers, of bfloat16.
-VECTOR = 64
-# Up to so many elements torch gives to one thread; more are cut where it likes.
-GRAIN = 32768
+from footplate.backend.runner.whole_vectors import GRAIN, VECTOR
 
 
 def looks_like_router(call: Call) -> bool:

@@ -13,10 +13,12 @@ which it would blur: what is quantised is a replacement that was right before.
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from footplate.backend.kernels.decoder_layer import DecoderLayer
 from footplate.backend.kernels.ops import (
@@ -46,6 +48,7 @@ from footplate.backend.runner.packed_router import apart, looks_like_router, pac
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import short_batch
 from footplate.backend.runner.recording import Recording, record_calls, relative_error
+from footplate.backend.runner.whole_vectors import in_whole_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,8 @@ QUANTISED_EMBEDDING_ERROR = 0.05
 # A matrix with so few outputs per input, such as the router of experts, is a small part of the
 # weights, and errors in it decide between experts.
 FEW_OUTPUTS = 1 / 8
+
+LINEAR = (nn.Linear, Conv1D)
 
 Replacement = Callable[..., torch.Tensor]
 
@@ -173,6 +178,7 @@ class Rewriter:
             (self._looks_like_router, self._replace_router),
             (_looks_like_norm, self._replace_norm),
             (_is_linear, self._replace_linear),
+            (_is_activation, self._replace_activation),
         ):
             for name, module in self._model.named_modules():
                 if module in self._done or not looks_right(module):
@@ -190,7 +196,7 @@ class Rewriter:
         module.forward = replacement
         for part in module.modules():
             self._done.add(part)
-            if isinstance(part, nn.Linear) and part.weight is not self._tied_weight():
+            if isinstance(part, LINEAR) and part.weight is not self._tied_weight():
                 self._mapped.release(part.weight)
                 part.weight = nn.Parameter(part.weight.new_empty(0), requires_grad=False)
 
@@ -201,11 +207,11 @@ class Rewriter:
 
     # ---- leaves
 
-    def _replace_linear(self, module: nn.Module) -> bool:
-        assert isinstance(module, nn.Linear)
-        quantization = self._quantization_of(module)
+    def _replace_linear(self, module: Any) -> bool:
+        weight = _weight_of(module)
+        quantization = self._quantization_of(module, *weight.shape)
         if quantization is None:
-            packed = PackedLinear(self._kernels, module.weight, module.bias)
+            packed = PackedLinear(self._kernels, weight, module.bias)
             if not self._matches(module, packed):
                 return False
         else:
@@ -213,22 +219,29 @@ class Rewriter:
             # largest matrix of the model, would need its memory twice.
             some = slice(0, VERIFIED_OUTPUTS)
             bias = None if module.bias is None else module.bias[some]
-            part = PackedLinear(self._kernels, module.weight[some], bias)
+            part = PackedLinear(self._kernels, weight[some], bias)
             call = self._recording[module]
             if relative_error(part(*call.args), call.output[..., some]) > self._tolerance:
                 return False
-            packed = PackedLinear(self._kernels, module.weight, module.bias, quantization)
+            packed = PackedLinear(self._kernels, weight, module.bias, quantization)
         if module is self._model.get_output_embeddings():
             self.head = packed
         self._install(module, packed if packed.n > 1 else apart(packed))
         return True
 
-    def _quantization_of(self, module: nn.Linear) -> Quantization | None:
-        if module.out_features <= FEW_OUTPUTS * module.in_features:
+    def _quantization_of(self, module: nn.Module, n: int, k: int) -> Quantization | None:
+        if n <= FEW_OUTPUTS * k:
             return None
         if self._quantization and module is self._model.get_output_embeddings():
             return "int8"
         return self._quantization
+
+    def _replace_activation(self, module: nn.Module) -> bool:
+        replacement = partial(in_whole_vectors, module.forward)
+        if not self._matches(module, replacement):
+            return False
+        self._install(module, replacement)
+        return True
 
     def _replace_norm(self, module: nn.Module) -> bool:
         norm = self._norm_of(module)
@@ -404,7 +417,18 @@ class Rewriter:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+    return type(module) in LINEAR
+
+
+def _weight_of(linear: nn.Linear | Conv1D) -> torch.Tensor:
+    """[n, k]; GPT-2's convolution of width one is a linear layer that keeps it transposed."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def _is_activation(module: nn.Module) -> bool:
+    home = type(module).__module__
+    is_one = home in ("transformers.activations", "torch.nn.modules.activation")
+    return is_one and not any(True for _ in module.parameters())
 
 
 def _looks_like_norm(module: nn.Module) -> bool:

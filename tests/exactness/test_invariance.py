@@ -18,7 +18,7 @@ from footplate.protocol.config import CacheConfig, SchedulerConfig
 from footplate.protocol.messages import AddRequest
 from footplate.protocol.params import TokenParams
 
-from .architectures import VOCAB_SIZE, make_model
+from .architectures import PAGED, VOCAB_SIZE, make_model
 from .driver import KERNEL_BLOCK_SIZE, Case, Loader, Observed
 
 CLIENT = b"client"
@@ -27,6 +27,13 @@ NUM_NEW_TOKENS = 20
 # Norms of heads; a window and a soft cap; experts beside a shared one with a gate, behind a router
 # that is a linear layer, in float32 with sigmoids, with biases.
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "qwen2_moe", "phimoe", "deepseek_v3", "gpt_oss")
+PRECISIONS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float32, int8": {"dtype": "float32", "quantization": "int8"},
+    "bfloat16, int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "bfloat16, int4": {"dtype": "bfloat16", "quantization": "int4"},
+}
 
 
 class RecordingSampler:
@@ -58,9 +65,9 @@ class Subject:
         self.sampler = runner._sampler = RecordingSampler(runner._sampler)
 
 
-def make_subject(architecture: str, dtype: str, load: Loader, folder: Path) -> Subject:
+def make_subject(architecture: str, precision: str, load: Loader, folder: Path) -> Subject:
     make_model(architecture).save_pretrained(folder)
-    runner = load(folder, KERNEL_BLOCK_SIZE, dtype=dtype)
+    runner = load(folder, KERNEL_BLOCK_SIZE, **PRECISIONS[precision])
     assert runner.facts.model.attention.startswith("paged cpu")
     return Subject(Case(runner, KERNEL_BLOCK_SIZE, [], []))
 
@@ -125,25 +132,36 @@ def subject_of(
 ) -> Callable[[str, str], Subject]:
     made: dict[tuple[str, str], Subject] = {}
 
-    def subject(architecture: str, dtype: str) -> Subject:
-        key = (architecture, dtype)
+    def subject(architecture: str, precision: str) -> Subject:
+        key = (architecture, precision)
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
-            made[key] = make_subject(architecture, dtype, load, folder)
+            made[key] = make_subject(architecture, precision, load, folder)
         return made[key]
 
     return subject
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_request_is_answered_alike_in_any_company(
-    architecture: str, dtype: str, seed: int, subject_of: Callable[[str, str], Subject]
+    architecture: str, precision: str, seed: int, subject_of: Callable[[str, str], Subject]
 ) -> None:
-    subject = subject_of(architecture, dtype)
+    check(subject_of(architecture, precision), random.Random(f"{architecture} {precision} {seed}"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float32, int8"])
+@pytest.mark.parametrize("architecture", sorted(PAGED.keys() - set(ARCHITECTURES)))
+def test_so_it_is_with_every_architecture(
+    architecture: str, precision: str, subject_of: Callable[[str, str], Subject]
+) -> None:
+    check(subject_of(architecture, precision), random.Random(f"{architecture} {precision}"))
+
+
+def check(subject: Subject, rng: random.Random) -> None:
+    """A random request, alone and in company, over a cold and a warm cache, preempted."""
     subject.sampler.rows.clear()
-    rng = random.Random(f"{architecture} {dtype} {seed}")
     target = AddRequest(TARGET, random_prompt(rng), random_params(rng))
     neighbours = [
         AddRequest(handle, random_prompt(rng), random_params(rng))
