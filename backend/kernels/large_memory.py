@@ -12,17 +12,27 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from footplate.backend.kernels.touched_memory import TouchedMemory
+
 CACHE_LINE_BYTES = 64
 HUGE_PAGE_BYTES = 2**21
 
 
-def zeroed(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def zeroed(
+    shape: Sequence[int], dtype: torch.dtype, touched: TouchedMemory | None = None
+) -> torch.Tensor:
     """A zeroed CPU tensor that begins on a cache line, and on a huge page if it fills one.
 
     torch.zeros writes all of it at once, 1.3 s per GiB, also the part that nobody ever uses.
+
+    Args:
+        touched: taken if the tensor fits.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    pages = touched.take(num_bytes) if touched else None
+    if pages is not None:
+        memory, start = np.frombuffer(pages, dtype=np.uint8), 0
+    elif num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         memory = np.zeros(num_bytes + CACHE_LINE_BYTES, dtype=np.uint8)
         start = -memory.ctypes.data % CACHE_LINE_BYTES
     else:

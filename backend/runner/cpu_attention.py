@@ -12,6 +12,7 @@ import torch
 
 from footplate.backend.kernels.large_memory import zeroed
 from footplate.backend.kernels.ops import PAGE_TOKENS, Kernels, LayerPages, StepTables
+from footplate.backend.kernels.touched_memory import TouchedMemory
 from footplate.backend.runner.attention_backend import AttentionOptions, LayerShape
 from footplate.backend.runner.batch import RaggedBatch
 
@@ -20,13 +21,20 @@ WORD_BYTES = 4
 
 class CpuAttention:
     """An `AttentionBackend` over `Kernels`. A block is one or more pages of 16 tokens, in the
-    layout that the micro-kernel reads."""
+    layout that the micro-kernel reads.
 
-    def __init__(self, kernels: Kernels, block_size: int) -> None:
+    Args:
+        touched: for the first layers that are allocated.
+    """
+
+    def __init__(
+        self, kernels: Kernels, block_size: int, touched: TouchedMemory | None = None
+    ) -> None:
         assert self.supports(block_size)
         self.name = f"cpu {kernels.instruction_set}"
         self._kernels = kernels
         self._block_size = block_size
+        self._touched = touched
 
     @staticmethod
     def supports(block_size: int) -> bool:
@@ -40,7 +48,8 @@ class CpuAttention:
     def allocate(self, shapes: Mapping[int, LayerShape], num_blocks: int) -> dict[int, LayerPages]:
         """See `AttentionBackend`."""
         ends = list(accumulate(map(_page_words, shapes.values()), initial=0))
-        memory = zeroed((num_blocks * self._block_size // PAGE_TOKENS, ends[-1]), torch.int32)
+        num_pages = num_blocks * (self._block_size // PAGE_TOKENS)
+        memory = zeroed((num_pages, ends[-1]), torch.int32, self._touched)
         return {
             layer: LayerPages(
                 num_blocks,

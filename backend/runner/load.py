@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from footplate.backend.kernels import build
+from footplate.backend.kernels.touched_memory import TouchedMemory
+from footplate.backend.runner.cache_size import MAX_DEFAULT_HOST_BYTES
 from footplate.backend.runner.fake import FakeModelRunner
 from footplate.backend.step import ModelRunner
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
@@ -33,6 +35,20 @@ def load_runner(
     # On the very first start the compiler takes longer than these imports, on a core of its own.
     ahead = (build.cache_folder(os.environ),)
     threading.Thread(target=build.compile_ahead, args=ahead, daemon=True).start()
+    touched = TouchedMemory(cache.kv_cache_memory_bytes or MAX_DEFAULT_HOST_BYTES)
+    try:
+        return _load_real_runner(model, cache, scheduler, on_progress, touched)
+    finally:
+        touched.close()
+
+
+def _load_real_runner(
+    model: ModelConfig,
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    on_progress: Callable[[str, float], None],
+    touched: TouchedMemory,
+) -> ModelRunner:
     # A quarter of the time of these imports, 0.7 s, is the collector looking again and again at
     # objects that live for ever.
     gc.disable()
@@ -45,4 +61,4 @@ def load_runner(
         ) from None
     finally:
         gc.enable()
-    return load_model_runner(model, cache, scheduler, on_progress)
+    return load_model_runner(model, cache, scheduler, on_progress, touched)

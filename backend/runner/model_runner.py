@@ -13,6 +13,7 @@ import torch
 
 from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import Kernels
+from footplate.backend.kernels.touched_memory import TouchedMemory
 from footplate.backend.runner import cuda_memory
 from footplate.backend.runner.attention_backend import AttentionBackend, LayerShape
 from footplate.backend.runner.cache_size import CacheSize, default_host_bytes, size_cache
@@ -50,11 +51,13 @@ def load_model_runner(
     cache: CacheConfig,
     scheduler: SchedulerConfig,
     on_progress: Callable[[str, float], None],
+    touched: TouchedMemory | None = None,
 ) -> ModelRunner:
     """Load a model and everything it needs to run, ready for its first step.
 
     Args:
         on_progress: told of each phase as it begins.
+        touched: for a KV cache on the CPU.
 
     Raises:
         ModelLoadError: see `ModelLoadError`.
@@ -88,7 +91,7 @@ def load_model_runner(
             raise NotPagedError(f"beyond {limits.paged} tokens its positions are encoded anew")
         backend: AttentionBackend[Any, Any] = TorchAttention(device, cache.block_size)
         if own_kernels is not None:
-            backend = CpuAttention(own_kernels, cache.block_size)
+            backend = CpuAttention(own_kernels, cache.block_size, touched)
         windows = attention_windows(config, wanted_len)
         # Quantised, a model takes half its memory and less. It should not need all of it to start.
         saves_memory = MappedWeights().released_after_use if model.quantization else nullcontext
