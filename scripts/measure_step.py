@@ -11,7 +11,6 @@ multiplications at the best rate of the kernels, whichever is more.
 """
 
 import itertools
-import math
 import os
 import statistics
 import subprocess
@@ -284,14 +283,14 @@ def _best_rate(kernels: Kernels, quantization: Quantization | None) -> float:
 
 def _measure(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
     """Median seconds of a call, and the bytes per second at which memory was read meanwhile."""
-    memory = torch.ones(ROTATED_BYTES // 8)
+    memory = torch.ones(ROTATED_BYTES // 2)
     turns = itertools.cycle(calls)
-    times, read = [], math.inf
+    times, reads = [], []
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        read = min(read, _seconds(memory.sum))
+        reads.append(_seconds(memory.sum))
         times += [_seconds(next(turns)) for _ in range(max(8, len(calls)))]
-    return statistics.median(times), memory.nbytes / read
+    return statistics.median(times), memory.nbytes / statistics.median(reads)
 
 
 def _copies(num_bytes: int) -> range:

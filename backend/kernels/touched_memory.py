@@ -12,7 +12,7 @@ from contextlib import suppress
 
 # What the first requests of a process fill, some thousand tokens. The whole of a cache would take
 # seconds, and memory that perhaps nobody needs.
-MAX_TOUCHED_BYTES = 2**28
+MAX_TOUCHED_BYTES = 2**27
 _STEP_BYTES = 2**24
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; elsewhere nothing is touched
 

@@ -1,6 +1,5 @@
 """From a model's name to a model runner. Imports torch only for models that need it."""
 
-import gc
 import os
 import threading
 from collections.abc import Callable
@@ -37,28 +36,14 @@ def load_runner(
     threading.Thread(target=build.compile_ahead, args=ahead, daemon=True).start()
     touched = TouchedMemory(cache.kv_cache_memory_bytes or MAX_DEFAULT_HOST_BYTES)
     try:
-        return _load_real_runner(model, cache, scheduler, on_progress, touched)
-    finally:
-        touched.close()
-
-
-def _load_real_runner(
-    model: ModelConfig,
-    cache: CacheConfig,
-    scheduler: SchedulerConfig,
-    on_progress: Callable[[str, float], None],
-    touched: TouchedMemory,
-) -> ModelRunner:
-    # A quarter of the time of these imports, 0.7 s, is the collector looking again and again at
-    # objects that live for ever.
-    gc.disable()
-    try:
         from footplate.backend.runner.model_runner import load_model_runner
     except ModuleNotFoundError as error:
+        touched.close()
         raise EngineStartError(
             f"model {model.model!r} needs the package {error.name!r}: "
             "pip install 'footplate-llm[engine]'"
         ) from None
+    try:
+        return load_model_runner(model, cache, scheduler, on_progress, touched)
     finally:
-        gc.enable()
-    return load_model_runner(model, cache, scheduler, on_progress, touched)
+        touched.close()
