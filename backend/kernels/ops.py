@@ -10,7 +10,7 @@ small C structures made beforehand, so that a call passes few arguments.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Literal
 
@@ -296,6 +296,7 @@ class PackedLinear:
         quantization: "int8" keeps weights in 8 bits with one scale per output, "int4" in 4 bits
             with one scale per output and 128 inputs. Both round activations to 8 bits, each row
             for itself.
+        on_packed: called with each of `weights` when nothing more is wanted of it.
     """
 
     def __init__(
@@ -304,6 +305,7 @@ class PackedLinear:
         weights: torch.Tensor | Sequence[torch.Tensor],
         biases: torch.Tensor | Sequence[torch.Tensor] | None = None,
         quantization: Quantization | None = None,
+        on_packed: Callable[[torch.Tensor], None] = lambda part: None,
     ) -> None:
         parts = [weights] if isinstance(weights, torch.Tensor) else list(weights)
         if any(len(part) % LANES for part in parts[:-1]):
@@ -316,6 +318,7 @@ class PackedLinear:
             assert part.shape[1] == k and part.dtype is dtype
             _pack(kernels, part, packed, quantization, first_group, 1, 1)
             first_group += len(part) // LANES
+            on_packed(part)
         self._kernels = kernels
         self._layer = _Layer(kernels, packed, biases, n, k, dtype, quantization)
         self.n, self.k, self.dtype = n, k, dtype

@@ -209,7 +209,9 @@ def _paged_runner(
     # Only where the number of threads changes no result, and nobody has asked for a number.
     free_to_choose = isinstance(backend, CpuAttention) and loaded.requested.num_threads is None
     governor = (
-        ThreadGovernor(torch.get_num_threads(), torch.set_num_threads, time.monotonic)
+        ThreadGovernor(
+            torch.get_num_threads(), torch.set_num_threads, time.monotonic, time.process_time
+        )
         if free_to_choose
         else None
     )

@@ -70,8 +70,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "PytorchGELUTanh": "gelu_tanh",
 }
 
-# Outputs of a linear layer that are looked at before it is quantised.
-VERIFIED_OUTPUTS = 4096
+# Outputs of a linear layer that are packed at a time. The last layer may be the largest matrix of
+# the model, and memory should hold it once.
+PIECE_OUTPUTS = 4096
 
 # What eight bits per weight do to an embedding, with room: 0.7 % where weights are normal.
 QUANTISED_EMBEDDING_ERROR = 0.05
@@ -210,20 +211,22 @@ class Rewriter:
     def _replace_linear(self, module: Any) -> bool:
         weight = _weight_of(module)
         quantization = self._quantization_of(module, *weight.shape)
-        if quantization is None:
-            packed = PackedLinear(self._kernels, weight, module.bias)
-            if not self._matches(module, packed):
-                return False
-        else:
-            # Is it what it seems to be? A part is enough to see, and the whole, which may be the
-            # largest matrix of the model, would need its memory twice.
-            some = slice(0, VERIFIED_OUTPUTS)
-            bias = None if module.bias is None else module.bias[some]
-            part = PackedLinear(self._kernels, weight[some], bias)
-            call = self._recording[module]
-            if relative_error(part(*call.args), call.output[..., some]) > self._tolerance:
-                return False
-            packed = PackedLinear(self._kernels, weight, module.bias, quantization)
+        # Is it what it seems to be? A piece is enough to see.
+        some = slice(0, PIECE_OUTPUTS)
+        bias = None if module.bias is None else module.bias[some]
+        piece = PackedLinear(self._kernels, weight[some], bias)
+        call = self._recording[module]
+        if relative_error(piece(*call.args), call.output[..., some]) > self._tolerance:
+            return False
+        packed = piece
+        if quantization or piece.n < len(weight):
+            packed = PackedLinear(
+                self._kernels,
+                torch.split(weight, PIECE_OUTPUTS),
+                module.bias,
+                quantization,
+                on_packed=self._mapped.release,
+            )
         if module is self._model.get_output_embeddings():
             self.head = packed
         self._install(module, packed if packed.n > 1 else apart(packed))
