@@ -21,7 +21,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         device: "auto" takes CUDA when there is a GPU.
         quantization: of linear layers, on CPUs with our kernels. Weights get a scale per output
             ("int8"), or per output and 128 inputs ("int4"; the last layer stays at 8 bits), and
-            activations 8 bits, each token for itself. None leaves weights in `dtype`.
+            activations 8 bits, each token for itself. None leaves weights in `dtype`. The fake
+            model has none to quantise.
         max_model_len: longest prompt plus output, in tokens; None takes the model's own limit.
         num_threads: CPU threads of the forward pass; None takes all cores of the CPU set, and
             one for a model so small that threads would only wait for each other.

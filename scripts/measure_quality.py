@@ -26,6 +26,7 @@ from footplate.backend.kernels.ops import Kernels, Quantization
 from footplate.backend.runner.batch import Chunk, RaggedBatch
 from footplate.backend.runner.checkpoint import find_folder, load_config, load_model
 from footplate.backend.runner.cpu_attention import CpuAttention
+from footplate.backend.runner.mapped_weights import MappedWeights
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import probe_paged
 from footplate.backend.runner.rewrite import rewrite_model
@@ -99,7 +100,16 @@ def load(folder: Path, dtype: Dtype, quantization: Quantization | None, row_len:
     network = load_model(folder, load_config(folder), requested, torch.device("cpu"))
     backend = CpuAttention(kernels, BLOCK_SIZE)
     shapes = probe_paged(network, backend, BLOCK_SIZE, set())
-    rewrite_model(network, kernels, backend, shapes, BLOCK_SIZE, quantization)
+    rewrite_model(
+        network,
+        kernels,
+        backend,
+        shapes,
+        block_size=BLOCK_SIZE,
+        max_model_len=row_len,
+        mapped=MappedWeights(folder),
+        quantization=quantization,
+    )
     return PagedModel(network, backend, -(-row_len // BLOCK_SIZE), shapes)
 
 

@@ -37,7 +37,10 @@ from footplate.backend.kernels.ops import (
 from footplate.backend.request import Request
 from footplate.backend.runner.checkpoint import find_folder, load_config
 from footplate.backend.runner.model_runner import load_model_runner
+from footplate.backend.runner.sampler import Sampler
+from footplate.backend.runner.warm_up import dummy_request
 from footplate.backend.step import ModelRunner, StepPlan
+from footplate.frontend.benchmark.report import num_cores
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
 from footplate.protocol.params import TokenParams
 
@@ -79,7 +82,7 @@ def main(
     shape = Shape.of(load_config(find_folder(model)))
     runner = load_model_runner(
         ModelConfig(
-            model=model, dtype="bfloat16", quantization=quantization, num_threads=os.cpu_count()
+            model=model, dtype="bfloat16", quantization=quantization, num_threads=num_cores()
         ),
         CacheConfig(kv_cache_memory_bytes=2**30),
         SchedulerConfig(),
@@ -204,7 +207,8 @@ def _parts(
     last: Quantization | None = "int8" if quantization else None
     yield linear("last layer", 1, shape.vocab, shape.hidden, num_requests, last)
     logits = torch.randn(num_requests, shape.vocab)
-    yield Part("argmax", 1, [lambda: logits.numpy().argmax(-1)], logits.nbytes, 0)
+    sampler, requests = Sampler(kernels), num_requests * [dummy_request(temperature=0.0)]
+    yield Part("sampling", 1, [lambda: sampler.sample(logits, requests)], logits.nbytes, 0)
 
 
 def _attention_parts(

@@ -47,6 +47,7 @@ class DecoderLayer:
         self._parts = (input_norm, qkv, query_norm, key_norm, sinks, output, mlp_norm, mlp)
         self._hidden_size, self._qkv_size, self._output_size = qkv.k, qkv.n, output.k
         self._dtype = qkv.dtype
+        self._num_sinks = None if sinks is None else sinks.numel()
         self._struct = DecoderLayerStruct(
             input_norm.address,
             qkv.address,
@@ -85,7 +86,8 @@ class DecoderLayer:
         num_heads = (self._qkv_size - cache.row_size(0)) // cache.key_size
         assert cache.row_size(num_heads) == self._qkv_size
         assert num_heads * cache.value_size == self._output_size
-        assert num_heads % cache.num_kv_heads == 0
+        assert num_heads % cache.num_kv_heads == 0 and rotary_size <= cache.key_size
+        assert self._num_sinks in (None, num_heads)
         assert hidden.numel() == num_tokens * self._hidden_size and hidden.is_contiguous()
         assert cos.numel() == sin.numel() == num_tokens * rotary_size
         assert cos.is_contiguous() and sin.is_contiguous()

@@ -72,7 +72,6 @@ bool footplate_unpack_rows(const LinearLayer* layer, const int64_t* ids, void* y
 
 void footplate_linear(const LinearLayer* layer, const void* x, int64_t x_stride,
                       const void* residual, void* y, bool wide, int m) {
-  if (m == 0) return;
   with_type(layer->type, [&](auto null) {
     using E = Number<decltype(null)>;
     apply(*layer, static_cast<const E*>(x), x_stride, static_cast<const E*>(residual), y, wide, m);

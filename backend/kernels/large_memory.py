@@ -8,14 +8,14 @@ values go to fresh memory. In huge pages of 2 MiB, where the system has them, th
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
 
-from footplate.backend.kernels.touched_memory import TouchedMemory
+from footplate.backend.kernels.touched_memory import HUGE_PAGE_BYTES, TouchedMemory
 
 CACHE_LINE_BYTES = 64
-HUGE_PAGE_BYTES = 2**21
 
 
 def zeroed(
@@ -30,16 +30,18 @@ def zeroed(
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     pages = touched.take(num_bytes) if touched else None
-    if pages is not None:
-        memory, start = np.frombuffer(pages, dtype=np.uint8), 0
-    elif num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if pages is None and num_bytes >= HUGE_PAGE_BYTES:
+        with suppress(OSError, AttributeError):  # too many mappings; not Linux
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            pages = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=flags)
+    if pages is None:
         memory = np.zeros(num_bytes + CACHE_LINE_BYTES, dtype=np.uint8)
         start = -memory.ctypes.data % CACHE_LINE_BYTES
     else:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        pages = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=flags)
         memory = np.frombuffer(pages, dtype=np.uint8)
         start = -memory.ctypes.data % HUGE_PAGE_BYTES
         # No huge page for the rest behind the last whole one: most of it would lie idle.
-        pages.madvise(mmap.MADV_HUGEPAGE, start, num_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
+        whole = num_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        with suppress(OSError, AttributeError):  # a system without them
+            pages.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(*shape)

@@ -176,6 +176,7 @@ class Kernels:
                 `rotary_size` numbers of each head are rotated, by halves.
         """
         num_tokens, rotary_size = step.num_tokens, cos.shape[-1]
+        assert rotary_size <= cache.key_size
         assert qkv.numel() == num_tokens * cache.row_size(num_heads) and qkv.is_contiguous()
         assert cos.numel() == sin.numel() == num_tokens * rotary_size
         assert qkv.dtype is cos.dtype is sin.dtype is cache.dtype
@@ -295,7 +296,7 @@ class PackedLinear:
         biases: [n] each, all or none.
         quantization: "int8" keeps weights in 8 bits with one scale per output, "int4" in 4 bits
             with one scale per output and 128 inputs. Both round activations to 8 bits, each row
-            for itself.
+            for itself, or with "int4" each 128 numbers of a row.
         on_packed: called with each of `weights` when nothing more is wanted of it.
     """
 

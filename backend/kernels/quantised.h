@@ -310,6 +310,7 @@ void unpack_int4(const word* weights, int64_t row, int k, E* y) {
 template <class E>
 void apply(const LinearLayer& layer, const E* x, size_t x_stride, const E* residual, void* y,
            bool wide, int m) {
+  if (m == 0) return;
   auto compute = [&](const auto& product) {
     if (layer.activation == NOT_GATED)
       linear(layer, product, residual, y, wide, m);

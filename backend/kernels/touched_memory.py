@@ -13,6 +13,7 @@ from contextlib import suppress
 # What the first requests of a process fill, some thousand tokens. The whole of a cache would take
 # seconds, and memory that perhaps nobody needs.
 MAX_TOUCHED_BYTES = 2**27
+HUGE_PAGE_BYTES = 2**21
 _STEP_BYTES = 2**24
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; elsewhere nothing is touched
 
@@ -31,14 +32,15 @@ class TouchedMemory:
         self._thread = threading.Thread(target=self._touch, daemon=True)
         with suppress(OSError, AttributeError):  # not so much address space; not Linux
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._pages = mmap.mmap(-1, num_bytes, flags=flags)
+            self._pages = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=flags)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
+            self._address = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
             self._pages.madvise(mmap.MADV_HUGEPAGE)
-            self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
             self._thread.start()
 
     def take(self, num_bytes: int) -> mmap.mmap | None:
-        """The region, for the first who needs most of what is touched, if it is long enough. It
-        may be longer."""
+        """The region, for the first who needs most of what is touched, if it is long enough. It is
+        longer; what is touched begins on its first huge page."""
         if not min(MAX_TOUCHED_BYTES, self._num_bytes) <= 2 * num_bytes <= 2 * self._num_bytes:
             return None
         pages, self._pages = self._pages, None

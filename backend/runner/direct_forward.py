@@ -20,20 +20,20 @@ Positions = tuple[torch.Tensor, torch.Tensor]
 # Frequencies that are the same for every length of a sequence; those of "dynamic" and "longrope"
 # change with it.
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
-FIRST_TABLE_LEN = 1024
+PIECE = 4096  # positions
 
 
 class RotaryTable:
     """Cosines and sines of all positions so far, from the model's own rotary module.
 
     Each position's row is computed by itself, so a table holds the same bits. It grows as
-    sequences do, by doubling.
+    sequences do, a little ahead of them.
     """
 
     def __init__(self, rotary: nn.Module, like: torch.Tensor) -> None:
         self._rotary = rotary
         self._like = like
-        self._cos, self._sin = self._rows(FIRST_TABLE_LEN)
+        self._cos, self._sin = self._rows(0, PIECE)
 
     def __call__(self, positions: torch.Tensor) -> Positions:
         """Cosines and sines of `positions`, [num_tokens, rotary_size] each.
@@ -42,12 +42,14 @@ class RotaryTable:
             positions: [num_tokens], int64.
         """
         longest = int(positions.max())
-        if longest >= len(self._cos):
-            self._cos, self._sin = self._rows(2 * longest)
+        while longest >= len(self._cos):
+            cos, sin = self._rows(len(self._cos), PIECE)
+            self._cos, self._sin = torch.cat([self._cos, cos]), torch.cat([self._sin, sin])
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
-    def _rows(self, count: int) -> Positions:
-        cos, sin = self._rotary(self._like, position_ids=torch.arange(count)[None])
+    def _rows(self, first: int, count: int) -> Positions:
+        positions = torch.arange(first, first + count)[None]
+        cos, sin = self._rotary(self._like, position_ids=positions)
         return cos[0].contiguous(), sin[0].contiguous()
 
 
@@ -89,7 +91,9 @@ def direct_forward_of(model: Any, head: PackedLinear | None) -> DirectForward | 
     layers = [layer.forward for layer in base.layers]
     rope_type = getattr(base.rotary_emb, "rope_type", None)
     is_known = all(isinstance(layer, FusedLayer) for layer in layers)
-    if head is None or not is_known or rope_type not in FIXED_ROPE_TYPES:
+    if head is None or not is_known:
+        return None
+    if not isinstance(rope_type, str) or rope_type not in FIXED_ROPE_TYPES:
         return None
     like = torch.empty(0, dtype=model.dtype)
     return DirectForward(

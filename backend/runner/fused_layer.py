@@ -96,7 +96,7 @@ class FusedLayer:
     def attend(
         self, normed: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """The attention block by itself, without norm and residual: for comparing."""
+        """The attention block by itself, without norm and residual: for comparing at load."""
         kernels, options = self._kernels, self._options
         step, cache = running_layer(self._layer_idx)
         cos, sin = position_embeddings

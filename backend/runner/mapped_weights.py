@@ -9,6 +9,7 @@ import ctypes
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,16 +18,20 @@ _MADV_DONTNEED = 4  # Linux, on every architecture
 
 
 class MappedWeights:
-    """Knows which addresses of this process are weight files.
+    """Knows at which addresses of this process the weight files of a model are.
 
     Elsewhere than on Linux it knows of none, and gives nothing back.
+
+    Args:
+        folder: of the model; its files may be links.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        files = tuple(f" {file.resolve()}" for file in folder.glob("*.safetensors"))
         self._ranges: list[tuple[int, int]] = []
         with suppress(OSError), open("/proc/self/maps") as maps:
             for line in maps:
-                if line.rstrip().endswith(".safetensors"):
+                if files and line.rstrip().endswith(files):
                     start, end = line.split(None, 1)[0].split("-")
                     self._ranges.append((int(start, 16), int(end, 16)))
         self._madvise = ctypes.CDLL(None).madvise if self._ranges else None
@@ -41,7 +46,7 @@ class MappedWeights:
         page = mmap.PAGESIZE
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         first, last = -(-start // page) * page, end // page * page
-        # Anything but a file's clean pages would be lost.
+        # Only what nobody has written to comes back, and inference does not write to weights.
         if first < last and any(low <= first and last <= high for low, high in self._ranges):
             self._madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 

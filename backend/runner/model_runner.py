@@ -79,6 +79,7 @@ def load_model_runner(
     loaded = _Loaded(model, folder, network, num_parameters, wanted_len, cache, scheduler)
     on_progress("checking attention", 0.0)
     own_kernels = _load_kernels(network, cache.block_size)
+    mapped = MappedWeights(folder)
     if model.quantization and own_kernels is None:
         raise ModelLoadError(
             f"quantization={model.quantization!r} needs the CPU kernels, and there are none: they "
@@ -91,10 +92,10 @@ def load_model_runner(
             raise NotPagedError(f"beyond {limits.paged} tokens its positions are encoded anew")
         backend: AttentionBackend[Any, Any] = TorchAttention(device, cache.block_size)
         if own_kernels is not None:
-            backend = CpuAttention(own_kernels, cache.block_size, touched)
+            backend = CpuAttention(own_kernels, cache.block_size)
         windows = attention_windows(config, wanted_len)
         # Quantised, a model takes half its memory and less. It should not need all of it to start.
-        saves_memory = MappedWeights().released_after_use if model.quantization else nullcontext
+        saves_memory = mapped.released_after_use if model.quantization else nullcontext
         with saves_memory(network):
             shapes = probe_paged(network, backend, cache.block_size, windows)
     except NotPagedError as reason:
@@ -114,8 +115,16 @@ def load_model_runner(
         if own_kernels is not None:
             on_progress("packing weights", 0.0)
             direct = rewrite_model(
-                network, own_kernels, backend, shapes, cache.block_size, model.quantization
+                network,
+                own_kernels,
+                backend,
+                shapes,
+                block_size=cache.block_size,
+                max_model_len=wanted_len,
+                mapped=mapped,
+                quantization=model.quantization,
             )
+            backend = CpuAttention(own_kernels, cache.block_size, touched)
         runner = _paged_runner(loaded, backend, shapes, direct, sampler, on_progress)
     on_progress("warming up", 0.0)
     warm_up(runner)

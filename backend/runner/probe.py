@@ -105,9 +105,16 @@ def _sequences(length: int, vocab_size: int) -> torch.Tensor:
     return (torch.arange(2 * length) * 7919 + 11).remainder(vocab_size).view(2, length)
 
 
-def short_batch(vocab_size: int, block_size: int) -> tuple[RaggedBatch, int]:
-    """A batch as the probe's, of `MIN_TOKENS`; and how many blocks its tables name."""
+def short_batch(vocab_size: int, block_size: int, max_model_len: int) -> tuple[RaggedBatch, int]:
+    """A batch as the probe's, of `MIN_TOKENS`; and how many blocks its tables name.
+
+    Its first sequence is told that it stands at the end of the longest possible one: some
+    architectures scale their queries by the position, and only far behind does one see it.
+    """
     batch, _ = _ragged(_sequences(MIN_TOKENS, vocab_size), block_size)
+    first = max(batch.chunks, key=lambda chunk: len(chunk.token_ids))
+    row = batch.query_starts[batch.chunks.index(first)]
+    batch.positions[row : row + MIN_TOKENS] += max(0, max_model_len - MIN_TOKENS)
     return batch, 1 + max(block for chunk in batch.chunks for block in chunk.block_ids)
 
 

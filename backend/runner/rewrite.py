@@ -91,13 +91,18 @@ def rewrite_model(
     kernels: Kernels,
     backend: AttentionBackend[Any, Any],
     shapes: Mapping[int, LayerShape],
+    *,
     block_size: int,
+    max_model_len: int,
+    mapped: MappedWeights,
     quantization: Quantization | None = None,
 ) -> DirectForward | None:
     """Put `kernels` under a model that runs on `backend`.
 
     Args:
         shapes: what each layer caches, by layer index.
+        max_model_len: positions beyond it never come.
+        mapped: takes back the pages of weights that are not needed any more.
         quantization: of the linear layers; "int4" leaves the last one, whose errors are those
             of the logits, with 8 bits.
 
@@ -105,9 +110,8 @@ def rewrite_model(
         What computes the same logits as the rewritten model, if every part of it is ours.
     """
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    batch, num_blocks = short_batch(vocab_size, block_size)
+    batch, num_blocks = short_batch(vocab_size, block_size, max_model_len)
     paged = PagedModel(model, backend, num_blocks, shapes)
-    mapped = MappedWeights()
     with record_calls(model) as recording, mapped.released_after_use(model):
         paged.forward(batch)
 
@@ -186,11 +190,21 @@ class Rewriter:
                     continue
                 if module not in self._recording:
                     continue  # not part of a forward, or not called as a module
-                if replace(module):
+                if self._try(replace, module):
                     self.num_replaced[type(module).__name__] += 1
                 else:
                     self.left_alone.append(name)
         self._share_embedding()
+
+    @staticmethod
+    def _try(replace: Callable[[Any], bool], module: nn.Module) -> bool:
+        # A module that only looks like one of ours may have anything inside, and then building or
+        # calling what should stand in for it fails. It is installed last.
+        try:
+            return replace(module)
+        except Exception:
+            logger.debug("%s is left alone", type(module).__name__, exc_info=True)
+            return False
 
     def _install(self, module: nn.Module, replacement: Replacement) -> None:
         """Make `module` call `replacement`, and drop the weights that were packed for it."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from footplate.backend.kernels import touched_memory
-from footplate.backend.kernels.large_memory import CACHE_LINE_BYTES, HUGE_PAGE_BYTES, zeroed
-from footplate.backend.kernels.touched_memory import TouchedMemory
+from footplate.backend.kernels.large_memory import CACHE_LINE_BYTES, zeroed
+from footplate.backend.kernels.touched_memory import HUGE_PAGE_BYTES, TouchedMemory
 
 
 def resident_bytes() -> int:

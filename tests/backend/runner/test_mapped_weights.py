@@ -34,6 +34,9 @@ def resident_kib(folder: Path) -> int:
 def model(tmp_path: Path) -> Any:
     original: Any = LlamaForCausalLM(LlamaConfig(**CONFIG))
     original.bfloat16().save_pretrained(tmp_path)
+    # As the hub's cache has it: the name is a link to a file of another name.
+    weights = tmp_path / "model.safetensors"
+    weights.symlink_to(weights.rename(tmp_path / "blob"))
     loader: Any = AutoModelForCausalLM
     return loader.from_pretrained(tmp_path)
 
@@ -44,14 +47,14 @@ def test_released_weights_take_no_memory_and_come_back_from_the_file(
     weight = model.lm_head.weight
     before = weight.clone()  # touches all of it
     resident = resident_kib(tmp_path)
-    MappedWeights().release(weight)
+    MappedWeights(tmp_path).release(weight)
     assert resident - resident_kib(tmp_path) > 0.9 * weight.nbytes / 1024
     assert torch.equal(weight, before)
 
 
-def test_memory_that_is_no_files_is_left_alone(model: Any) -> None:
+def test_memory_that_is_no_files_is_left_alone(model: Any, tmp_path: Path) -> None:
     tensor = torch.arange(100_000)
-    mapped = MappedWeights()
+    mapped = MappedWeights(tmp_path)
     mapped.release(tensor)
     mapped.release(torch.empty(0))
     mapped.release(model.lm_head.weight.t())  # not in one piece
@@ -67,7 +70,7 @@ def test_a_forward_that_gives_back_what_it_used_computes_the_same(
     resident = resident_kib(tmp_path)
     weights = sum(p.nbytes for p in model.parameters()) / 1024
     assert resident > 0.9 * weights - model.model.embed_tokens.weight.nbytes / 1024
-    with MappedWeights().released_after_use(model):
+    with MappedWeights(tmp_path).released_after_use(model):
         assert torch.equal(model(input_ids=ids).logits, expected)
         assert resident_kib(tmp_path) < 0.2 * weights
     assert not any(module._forward_hooks for module in model.modules())

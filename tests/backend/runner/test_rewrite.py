@@ -3,17 +3,25 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+)
 from transformers.models.llama import modeling_llama
 
 from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import Kernels, Quantization
 from footplate.backend.runner.batch import Chunk, RaggedBatch
 from footplate.backend.runner.cpu_attention import CpuAttention
+from footplate.backend.runner.direct_forward import DirectForward
+from footplate.backend.runner.mapped_weights import MappedWeights
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import probe_paged
 from footplate.backend.runner.recording import relative_error
@@ -45,6 +53,25 @@ def make_llama(dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     return model.to(dtype).eval()
 
 
+def rewrite(
+    model: Any,
+    kernels: Kernels,
+    backend: CpuAttention,
+    shapes: Any,
+    quantization: Quantization | None = None,
+) -> DirectForward | None:
+    return rewrite_model(
+        model,
+        kernels,
+        backend,
+        shapes,
+        block_size=16,
+        max_model_len=128,
+        mapped=MappedWeights(Path("/nowhere")),
+        quantization=quantization,
+    )
+
+
 def rewritten(
     model: Any,
     kernels: Kernels,
@@ -54,7 +81,7 @@ def rewritten(
 ) -> PagedModel:
     backend = CpuAttention(kernels, 16)
     shapes = probe_paged(model, backend, 16, set())
-    direct = rewrite_model(model, kernels, backend, shapes, 16, quantization)
+    direct = rewrite(model, kernels, backend, shapes, quantization)
     assert direct is not None or not directly
     return PagedModel(model, backend, num_blocks, shapes, direct if directly else None)
 
@@ -189,7 +216,7 @@ def test_a_model_that_does_something_to_its_logits_keeps_its_wrappers(kernels: K
     backend = CpuAttention(kernels, 16)
     with changed(LlamaForCausalLM, "forward", scaled):
         shapes = probe_paged(model, backend, 16, set())
-        assert rewrite_model(model, kernels, backend, shapes, 16) is None
+        assert rewrite(model, kernels, backend, shapes) is None
 
 
 def test_positions_whose_frequencies_depend_on_the_length_keep_the_wrappers(
@@ -199,4 +226,39 @@ def test_positions_whose_frequencies_depend_on_the_length_keep_the_wrappers(
     model = make_llama(rope_parameters=rope)
     backend = CpuAttention(kernels, 16)
     shapes = probe_paged(model, backend, 16, set())
-    assert rewrite_model(model, kernels, backend, shapes, 16) is None
+    assert rewrite(model, kernels, backend, shapes) is None
+
+
+def test_queries_that_are_scaled_far_behind_are_seen(kernels: Kernels) -> None:
+    """Ministral 3 scales them from `original_max_position_embeddings` on."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.5}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = Ministral3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        rope_parameters=rope,
+    )
+    torch.manual_seed(0)
+    model: Any = Ministral3ForCausalLM(config)
+    model.eval()
+    expected = expected_logits(model)  # 50 tokens: scaled from the 33rd on
+    assert relative_error(logits_of(rewritten(model, kernels)), expected) < 1e-5
+
+
+def test_a_candidate_that_cannot_be_built_is_left_alone(
+    kernels: Kernels, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_llama(attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias = None  # queries and values have theirs
+    with caplog.at_level("INFO"):
+        expected = expected_logits(model)
+        assert relative_error(logits_of(rewritten(model, kernels)), expected) < 1e-5
+    assert "'LlamaMLP': 2" in caplog.text
