@@ -165,6 +165,7 @@ def test_every_architecture_can_be_quantised(
     architecture: str, subject_of: Callable[[str, str], Subject]
 ) -> None:
     subject = subject_of(architecture, "bfloat16, int4")
+    subject.sampler.rows.clear()
     rng = random.Random(architecture)
     target = AddRequest(TARGET, random_prompt(rng), random_params(rng))
     [tokens] = tokens_of_target(subject.case.runner, target, [], rng)
