@@ -22,6 +22,7 @@ from footplate.backend.runner.cpu_attention import CpuAttention
 from footplate.backend.runner.errors import ModelLoadError
 from footplate.backend.runner.limits import attention_windows, eos_token_ids, length_limits
 from footplate.backend.runner.mapped_weights import MappedWeights
+from footplate.backend.runner.onednn_linear import pack_linears
 from footplate.backend.runner.paged_model import Forward, PagedModel
 from footplate.backend.runner.paged_runner import PagedRunner
 from footplate.backend.runner.per_request_runner import (
@@ -109,10 +110,13 @@ def load_model_runner(
             type(network).__name__,
             reason,
         )
+        _pack_for_torch(network, mapped, on_progress)
         runner = _per_request_runner(loaded, sampler, wanted_len <= limits.paged, on_progress)
     else:
         direct = None
-        if own_kernels is not None:
+        if own_kernels is None:
+            _pack_for_torch(network, mapped, on_progress)
+        else:
             on_progress("packing weights", 0.0)
             direct = rewrite_model(
                 network,
@@ -199,6 +203,14 @@ def _load_kernels(network: Any, block_size: int) -> Kernels | None:
         return None
     library = build.load(build.cache_folder(os.environ))
     return None if library is None else Kernels(library)
+
+
+def _pack_for_torch(
+    network: Any, mapped: MappedWeights, on_progress: Callable[[str, float], None]
+) -> None:
+    if network.device.type == "cpu":
+        on_progress("packing weights", 0.0)
+        pack_linears(network, mapped)
 
 
 def _paged_runner(

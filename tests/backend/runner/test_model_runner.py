@@ -56,7 +56,13 @@ def test_phases_are_announced(save_llama: SaveLlama) -> None:
         SchedulerConfig(),
         lambda phase, fraction: phases.append(phase),
     )
-    assert phases == ["loading weights", "checking attention", "allocating KV cache", "warming up"]
+    assert phases == [
+        "loading weights",
+        "checking attention",
+        "packing weights",
+        "allocating KV cache",
+        "warming up",
+    ]
 
 
 def test_max_model_len(save_llama: SaveLlama) -> None:
