@@ -3,8 +3,8 @@
 Weights as torch keeps them are rearranged on every call of a linear layer. oneDNN takes them
 rearranged: 1.4 to 1.7 times faster in bfloat16 where tokens are few, on a CPU that MKL was not
 written for 2 to 4 times in float32. On other CPUs it may lose: small matrices do everywhere, and
-bfloat16 on ARM runs a hundred times slower on kernels that are there for reference. So one
-layer of each shape is timed both ways.
+bfloat16 on ARM may fall to kernels that are there for reference. So one layer of each shape is
+timed both ways.
 """
 
 import logging

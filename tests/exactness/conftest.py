@@ -1,6 +1,6 @@
 """One loaded model and one reference per architecture and session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from footplate.backend.runner import onednn_linear
 from footplate.backend.runner.model_runner import load_model_runner
 from footplate.backend.step import ModelRunner
 from footplate.protocol.config import CacheConfig, ModelConfig
@@ -22,6 +23,15 @@ PROMPT_LENGTHS = (1, 7, 15, 24, 40)
 def one_thread() -> None:
     """Two threads on matrices of this size only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_linear_is_packed() -> Iterator[None]:
+    """Where our kernels are not used. Matrices of this size would gain nothing by it, and those
+    of real models do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn_linear, "_takes_less", lambda packed, plain, x: True)
+        yield
 
 
 @pytest.fixture(scope="session")

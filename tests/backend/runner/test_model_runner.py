@@ -1,3 +1,4 @@
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -110,3 +111,28 @@ def test_an_empty_plan_and_one_that_samples_nobody(save_llama: SaveLlama) -> Non
     assert runner.execute(StepPlan([request], [2], [])) == []
     request.num_computed_tokens = 2
     assert len(runner.execute(StepPlan([request], [2], [0]))) == 1
+
+
+@pytest.mark.parametrize("compiler", ["missing", "failing"])
+def test_without_a_working_compiler_there_is_one_warning_and_a_runner(
+    save_llama: SaveLlama,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    compiler: str,
+) -> None:
+    folder = save_llama()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    if compiler == "failing":
+        script = tools / "c++"
+        script.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'error: no' >&2\nexit 1\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runner = load(folder, CacheConfig(block_size=16))
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.getMessage().startswith("no CPU kernels, torch does the work, more slowly: ")
+    assert runner.facts.model.attention == "paged torch"
+    request = Request(1, b"", 1, [5, 6, 7, 8], 4, GREEDY, block_ids=[3])
+    assert len(runner.execute(StepPlan([request], [4], [0]))) == 1
