@@ -13,17 +13,16 @@ multiplications at the best rate of the kernels, whichever is more.
 import itertools
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import App, Parameter
 
+from benchmark import make_random_model
 from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import (
     Kernels,
@@ -71,9 +70,7 @@ def main(
         context: tokens in the cache of each decoding request.
     """
     if random_model:
-        command = [sys.executable, str(Path(__file__).parent / "random_model.py"), random_model]
-        made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        model = made.stdout.strip()
+        model = make_random_model(random_model, "auto")
     torch.set_grad_enabled(False)
     library = build.load(build.cache_folder(os.environ))
     if library is None:

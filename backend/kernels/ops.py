@@ -411,11 +411,6 @@ class PackedGatedMLP:
         """[..., k] to [..., outputs of `down`]; `residual` is added as by `PackedLinear`."""
         return self.down(self._layer(x), residual)
 
-    @property
-    def addresses(self) -> tuple[int, int]:
-        """Of what the kernels know of the two layers."""
-        return self._layer.address, self.down._layer.address
-
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """activation(gate(x)) * up(x): [..., k] to [..., hidden_size]."""
         return self._layer(x)
@@ -437,7 +432,7 @@ class PackedExperts:
             assert expert.hidden_size == expert.down.k == first.hidden_size
         self._call = kernels._experts
         self._experts = list(experts)
-        addresses = [address for expert in experts for address in expert.addresses]
+        addresses = [address for e in experts for address in (e.address, e.down.address)]
         self._addresses = (c_void_p * len(addresses))(*addresses)
 
     def __len__(self) -> int:

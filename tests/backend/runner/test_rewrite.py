@@ -1,6 +1,5 @@
 """What looks like one of our modules is replaced if it computes the same, and left alone if not."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import Kernels, Quantization
 from footplate.backend.runner.batch import Chunk, RaggedBatch
 from footplate.backend.runner.cpu_attention import CpuAttention
@@ -29,13 +27,6 @@ from footplate.backend.runner.rewrite import rewrite_model
 
 VOCAB_SIZE = 320
 PROMPT = [(7 * i + 3) % VOCAB_SIZE for i in range(50)]
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    library = build.load(build.cache_folder(os.environ))
-    assert library is not None
-    return Kernels(library)
 
 
 def make_llama(dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
