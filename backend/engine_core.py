@@ -166,7 +166,7 @@ class EngineCore:
         join and finished ones leave between two calls, never inside one.
         """
         plan = self._scheduler.schedule(self._clock())
-        sampled = self._runner.execute(plan)
+        sampled = self._runner.execute(plan).token_ids
         if not plan.requests:
             return
         self._num_steps += 1

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from footplate.backend.structured.interface import CompiledGrammar
 from footplate.protocol.messages import FinishReason
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 
 class State(Enum):
@@ -50,6 +51,8 @@ class Request:
         block_ids: the request's block table (PagedAttention, Kwon et al., SOSP '23, section
             4.2): token i lives in block block_ids[i // block_size], at i % block_size.
         block_hashes: prefix-cache hash of every full block known so far (see `prefix_hash`).
+        grammar: what the output must match, compiled; None leaves it free.
+        num_scored: prompt positions whose logprobs have been told, or never will be.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission; -1 before.
     """
 
@@ -70,6 +73,8 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
     num_cached_tokens: int = -1
+    grammar: CompiledGrammar | None = None
+    num_scored: int = 0
     finish_reason: FinishReason | None = None
 
     @property

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from footplate.backend.request import Request
-from footplate.protocol.messages import ModelFacts
+from footplate.protocol.messages import ErrorKind, ModelFacts
 
 
 @dataclass(slots=True)
@@ -34,6 +34,45 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class RowError:
+    """Why one request cannot go on. Its neighbours are not affected."""
+
+    kind: ErrorKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Logprobs of consecutive tokens; fields as in `LogprobRows`."""
+
+    position: int
+    ranks: list[int]
+    token_ids: bytes
+    logprobs: bytes
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a runner computed for a plan.
+
+    Attributes:
+        token_ids: the sampled token of each request in `plan.sampling`, in that order.
+        errors: requests that cannot go on, by index into `plan.sampling`; their token means
+            nothing.
+        complete: indices into `plan.sampling` of requests whose grammar allows nothing more behind
+            this token.
+        logprobs: of sampled tokens, by index into `plan.sampling`.
+        prompt_logprobs: of prompt tokens, by index into `plan.requests`.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    errors: dict[int, RowError] = field(default_factory=dict)
+    complete: set[int] = field(default_factory=set)
+    logprobs: dict[int, ScoredRows] = field(default_factory=dict)
+    prompt_logprobs: dict[int, ScoredRows] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerFacts:
     """What a loaded model runner knows and the engine core needs.
 
@@ -41,11 +80,14 @@ class RunnerFacts:
         model: facts for the clients.
         num_kv_blocks: how many blocks of the KV cache there are; ids are 0 to num_kv_blocks - 1.
         supports_prefix_caching: False where state is not addressed by block (recurrent models).
+        max_scored_rows: most prompt tokens of one request whose logits are wanted in one step:
+            a row of logits is as long as the vocabulary.
     """
 
     model: ModelFacts
     num_kv_blocks: int
     supports_prefix_caching: bool
+    max_scored_rows: int = 2**31 - 1
 
 
 class ModelRunner(Protocol):
@@ -57,7 +99,6 @@ class ModelRunner(Protocol):
         """Fixed once the runner is built."""
         ...
 
-    def execute(self, plan: StepPlan) -> list[int]:
-        """Run one step; return the sampled token of each request in `plan.sampling`. A plan
-        without requests only releases."""
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. A plan without requests only releases."""
         ...

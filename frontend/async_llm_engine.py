@@ -23,6 +23,7 @@ from footplate.frontend.prompts import (
 from footplate.frontend.session import ProgressCallback, Session
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.text import StopStrings, Tokenizer, load_tokenizer
+from footplate.frontend.token_params import resolve_params
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineError,
@@ -37,7 +38,7 @@ from footplate.protocol.messages import (
     ResetPrefixCache,
     Stats,
 )
-from footplate.protocol.params import SamplingParams, TokenParams
+from footplate.protocol.params import SamplingParams
 
 CONNECT_TIMEOUT_S = 30.0
 # Handing a text to a thread costs about as much as encoding this many characters.
@@ -279,7 +280,7 @@ class AsyncLLMEngine:
             detokenizer,
             StopStrings(stops, params.include_stop_str_in_output) if stops else None,
         )
-        token_params = TokenParams.resolve(
+        token_params = resolve_params(
             params, seed=stream.seed, max_tokens=max_tokens, eos_token_ids=model.eos_token_ids
         )
         return AddRequest(stream.handle, token_ids, token_params, priority, prompt.cache_salt)

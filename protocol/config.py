@@ -52,6 +52,33 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
 
 
+class RequestConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What requests may ask for, and what they get that do not say.
+
+    Attributes:
+        max_logprobs: most `logprobs` and `prompt_logprobs` per token; -1 allows the vocabulary.
+        logprobs_mode: of requests that name none.
+        stream_interval: likewise.
+        logits_processors: classes that requests may use, as "package.module:Class".
+        reasoning_start_str: what begins the model's thinking; None is "<think>", if that is a
+            token of the model.
+        reasoning_end_str: likewise for its end, "</think>".
+        max_num_queued_reqs: most requests that wait for their first step; None is no limit.
+        max_num_queued_tokens: most prompt tokens of theirs; None is no limit.
+    """
+
+    max_logprobs: int = 20
+    logprobs_mode: Literal[
+        "raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"
+    ] = "raw_logprobs"
+    stream_interval: int = 1
+    logits_processors: tuple[str, ...] = ()
+    reasoning_start_str: str | None = None
+    reasoning_end_str: str | None = None
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+
+
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Who runs in a step.
 
@@ -59,11 +86,14 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: the token budget of one step, decodes and prompt chunks alike.
         policy: "fcfs", or "priority": lower `priority` first, ties by arrival.
+        long_prefill_token_threshold: most tokens of one prompt in a step that others take part
+            in; 0 is no limit.
     """
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     policy: Literal["fcfs", "priority"] = "fcfs"
+    long_prefill_token_threshold: int = 0
 
 
 class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,4 +110,5 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    requests: RequestConfig = RequestConfig()
     log_level: str = "WARNING"

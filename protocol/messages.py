@@ -12,13 +12,17 @@ in what is missing. A client is named by its socket's routing id, so no message 
 """
 
 from enum import IntEnum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
-from footplate.protocol.params import TokenParams
+from footplate.protocol.bounds import MAX_N
+from footplate.protocol.config import RequestConfig
+from footplate.protocol.token_params import TokenParams
 
 # Major: the peers cannot talk. Minor: fields or messages were appended.
-PROTOCOL_VERSION = (1, 0)
+PROTOCOL_VERSION = (1, 1)
 
 
 class FinishReason(IntEnum):
@@ -28,12 +32,25 @@ class FinishReason(IntEnum):
     LENGTH = 1  # max_tokens, or the model's context window, was reached
     ABORT = 2  # the client asked, or went away
     ERROR = 3  # this request failed; `Finished.message` says why
+    DEADLINE = 4  # `deadline_s` or `ttft_deadline_s` has passed
+    REPETITION = 5  # the output went round in circles, as `repetition_detection` has it
 
     def __str__(self) -> str:
         return _REASON_NAMES[self]
 
 
 _REASON_NAMES = {reason: reason.name.lower() for reason in FinishReason}
+
+
+class ErrorKind(IntEnum):
+    """What went wrong with a request that finished with `FinishReason.ERROR`."""
+
+    INTERNAL = 0  # in the core
+    INVALID = 1  # the request cannot be served as it stands
+    OVERFLOW = 2  # too much is waiting already
+    GRAMMAR = 3  # the grammar does not compile, is too large, or allows nothing more
+    PROCESSOR = 4  # a custom logits processor raised
+    LOGITS = 5  # the logits are no distribution: NaN, infinity, or no token is possible
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -63,6 +80,13 @@ class AddRequest(Message, tag="add", frozen=True):
         handle: chosen by the client, never used twice in one session.
         priority: lower runs earlier, under the priority policy.
         cache_salt: prefix-cache blocks are shared only between equal salts.
+        n: how many requests this is: handles `handle` to `handle` + n - 1, the i-th of them with
+            the i-th next seed.
+        prior_token_ids: output that there is already. The request goes on behind it: positions,
+            noise, penalties, limits and grammar count it.
+        age_s: how long ago the request arrived, in seconds.
+        ttft_deadline_s: most seconds from arrival to the first token.
+        deadline_s: most seconds from arrival to the last token.
     """
 
     handle: int
@@ -70,6 +94,11 @@ class AddRequest(Message, tag="add", frozen=True):
     params: TokenParams
     priority: int = 0
     cache_salt: str = ""
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] = 1
+    prior_token_ids: list[int] = []
+    age_s: Annotated[float, Meta(ge=0)] = 0.0
+    ttft_deadline_s: float | None = None
+    deadline_s: float | None = None
 
 
 class AbortRequests(Message, tag="abort", frozen=True):
@@ -138,6 +167,7 @@ class Welcome(Message, tag="welcome", frozen=True):
     Attributes:
         epoch: random per core process; outputs of another epoch are not for this session.
         phases: seconds that each phase of start-up took.
+        requests: what requests may ask for.
     """
 
     epoch: int
@@ -146,6 +176,7 @@ class Welcome(Message, tag="welcome", frozen=True):
     limits: Limits
     process_id: int
     phases: dict[str, float]
+    requests: RequestConfig = RequestConfig()
 
 
 class Progress(Message, tag="progress", frozen=True):
@@ -182,6 +213,27 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
     handle: int
     reason: FinishReason
     message: str = ""
+    kind: ErrorKind = ErrorKind.INTERNAL
+
+
+class LogprobRows(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Scores of consecutive tokens of one request, in rows of equal length.
+
+    The first entry of a row is the token itself: the one that was sampled, or that stands in the
+    prompt. Then come the most likely ones, best first, and then those that were asked for by id.
+
+    Attributes:
+        position: of the first row: an output position, or one of the prompt.
+        ranks: one per row: how many tokens are more likely than the row's own, plus one.
+        token_ids: 32-bit little-endian integers, row by row.
+        logprobs: 32-bit little-endian floats, as many.
+    """
+
+    handle: int
+    position: int
+    ranks: list[int]
+    token_ids: bytes
+    logprobs: bytes
 
 
 class StepOutputs(Message, tag="out", frozen=True):
@@ -191,6 +243,10 @@ class StepOutputs(Message, tag="out", frozen=True):
     Columns: request `handles[i]` has `counts[i]` new tokens (an empty `counts` means one
     each), the first of them at output position `positions[i]`; `token_ids` holds all runs one
     after the other. The side tables are sparse.
+
+    Attributes:
+        logprobs: of new tokens of requests that asked for them.
+        prompt_logprobs: likewise for tokens of prompts, in order, before the first output token.
     """
 
     epoch: int
@@ -200,6 +256,8 @@ class StepOutputs(Message, tag="out", frozen=True):
     counts: list[int] = []
     started: list[Started] = []
     finished: list[Finished] = []
+    logprobs: list[LogprobRows] = []
+    prompt_logprobs: list[LogprobRows] = []
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True):

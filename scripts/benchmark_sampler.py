@@ -17,7 +17,7 @@ from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import Kernels
 from footplate.backend.request import Request
 from footplate.backend.runner.sampler import Sampler
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 LIMITS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},

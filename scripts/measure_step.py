@@ -41,7 +41,7 @@ from footplate.backend.runner.warm_up import dummy_request
 from footplate.backend.step import ModelRunner, StepPlan
 from footplate.frontend.benchmark.report import num_cores
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 BLOCK_SIZE = 16
 ROTATED_BYTES = 200_000_000

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from footplate.backend.request import Request
-from footplate.backend.step import RunnerFacts, StepPlan
+from footplate.backend.step import RunnerFacts, StepPlan, StepResult
 from footplate.protocol.config import CacheConfig, ModelConfig
 from footplate.protocol.messages import ModelFacts
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 DEFAULT_MAX_MODEL_LEN = 32_768
 DEFAULT_NUM_BLOCKS = 65_536
@@ -90,11 +90,11 @@ class FakeModelRunner:
             supports_prefix_caching=True,
         )
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         """Produce a token for every sampling request; prompts cost nothing."""
         for key in plan.released:
             self._digests.pop(key, None)
-        return [self._sample(plan.requests[index]) for index in plan.sampling]
+        return StepResult([self._sample(plan.requests[index]) for index in plan.sampling])
 
     def _sample(self, request: Request) -> int:
         token_ids = request.token_ids

@@ -6,7 +6,7 @@ from footplate.backend.runner.batch import RaggedBatch
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.sampler import Sampler
 from footplate.backend.runner.thread_governor import ThreadGovernor
-from footplate.backend.step import RunnerFacts, StepPlan
+from footplate.backend.step import RunnerFacts, StepPlan, StepResult
 
 
 class PagedRunner:
@@ -32,11 +32,11 @@ class PagedRunner:
         self._block_size = block_size
         self._sampler = sampler
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         """See `ModelRunner`."""
         if not plan.requests:
-            return []
+            return StepResult()
         batch = RaggedBatch.of_plan(plan, self._block_size)
         with self._governor.step(len(batch.token_ids)) if self._governor else nullcontext():
             logits = self._model.forward(batch)
-        return self._sampler.sample(logits, [plan.requests[i] for i in plan.sampling])
+        return StepResult(self._sampler.sample(logits, [plan.requests[i] for i in plan.sampling]))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from footplate.backend.runner.sampler import Sampler
-from footplate.backend.step import RunnerFacts, StepPlan
+from footplate.backend.step import RunnerFacts, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class PerRequestRunner:
         # By request key: how many tokens are in the cache, and the cache.
         self._states: dict[int, tuple[int, Any]] = {}
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         """See `ModelRunner`."""
         for key in plan.released:
             self._states.pop(key, None)
@@ -118,8 +118,9 @@ class PerRequestRunner:
             if is_last:
                 rows.append(logits)
         if not rows:
-            return []
-        return self._sampler.sample(torch.stack(rows), [plan.requests[i] for i in plan.sampling])
+            return StepResult()
+        requests = [plan.requests[i] for i in plan.sampling]
+        return StepResult(self._sampler.sample(torch.stack(rows), requests))
 
 
 def probe_chunks(model: Any, cached: CachedModel, tolerance: float) -> bool:

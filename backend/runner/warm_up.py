@@ -3,7 +3,7 @@ shape, threads that start, memory that is touched. No request should pay for tha
 
 from footplate.backend.request import Request
 from footplate.backend.step import ModelRunner, StepPlan
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 NUM_TOKENS = 8
 

@@ -23,7 +23,7 @@ from footplate.protocol.messages import (
     Stats,
     StepOutputs,
 )
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 PARAMS = TokenParams(0.0, 1.0, 0, 0.0, 0, 3, 0, ())
 ALICE, BOB = b"alice", b"bob"

@@ -16,7 +16,7 @@ from footplate.backend.runner.fake import (
 )
 from footplate.backend.step import StepPlan
 from footplate.protocol.config import CacheConfig, ModelConfig
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 VOCAB_SIZE = 40
 GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 16, 0, ())
@@ -45,7 +45,7 @@ def sample_all(*requests: Request) -> StepPlan:
 def generate(folder: Path, token_ids: list[int], count: int, params: TokenParams) -> list[int]:
     fake, alone = runner(folder), request(1, token_ids, params)
     for _ in range(count):
-        alone.token_ids += fake.execute(sample_all(alone))
+        alone.token_ids += fake.execute(sample_all(alone)).token_ids
     return alone.token_ids[len(token_ids) :]
 
 
@@ -112,7 +112,7 @@ def test_tokens_do_not_depend_on_the_batch(folder: Path) -> None:
     batch = [request(n, [n, 2, 3]) for n in range(4)]
     for size in (4, 1, 3, 2, 4):
         chosen = batch[:size]
-        for one, token in zip(chosen, fake.execute(sample_all(*chosen)), strict=True):
+        for one, token in zip(chosen, fake.execute(sample_all(*chosen)).token_ids, strict=True):
             one.token_ids.append(token)
     for one in batch:
         assert one.token_ids[3:] == generate(folder, [one.key, 2, 3], one.num_output_tokens, GREEDY)
@@ -122,7 +122,7 @@ def test_only_sampling_requests_get_a_token(folder: Path) -> None:
     fake = runner(folder)
     requests = [request(1, [1] * 9), request(2, [2]), request(3, [3])]
     plan = StepPlan(requests, [4, 1, 1], sampling=[1, 2])
-    assert fake.execute(plan) == fake.execute(sample_all(*requests[1:]))
+    assert fake.execute(plan).token_ids == fake.execute(sample_all(*requests[1:])).token_ids
 
 
 def test_a_released_request_starts_again_from_its_tokens(folder: Path) -> None:
@@ -130,14 +130,14 @@ def test_a_released_request_starts_again_from_its_tokens(folder: Path) -> None:
     for count in range(6):
         plan = sample_all(preempted)
         plan.released = [1, 99] if count % 2 else []
-        preempted.token_ids += fake.execute(plan)
+        preempted.token_ids += fake.execute(plan).token_ids
     assert preempted.token_ids[3:] == generate(folder, [5, 6, 7], 6, GREEDY)
 
 
 def test_nothing_is_kept_of_released_requests(folder: Path) -> None:
     fake = runner(folder)
     fake.execute(sample_all(*(request(n, [n]) for n in range(5))))
-    assert fake.execute(StepPlan(released=list(range(5)))) == []
+    assert fake.execute(StepPlan(released=list(range(5)))).token_ids == []
     assert not fake._digests
 
 

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from footplate.backend.request import TRANSITIONS, Event, Request, State
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 LISTED = {
     (State.WAITING, Event.ADMIT): State.RUNNING,

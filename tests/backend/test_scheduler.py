@@ -12,7 +12,7 @@ from footplate.backend.scheduler import Scheduler
 from footplate.backend.step import StepPlan
 from footplate.protocol.config import SchedulerConfig
 from footplate.protocol.messages import FinishReason
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 ENDLESS = TokenParams(0.0, 1.0, 0, 0.0, 0, 1_000_000, 0, ())
 FIRST_OUTPUT_ID = 1000  # prompts in these tests stay below

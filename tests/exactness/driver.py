@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from footplate.backend.engine_core import EngineCore
-from footplate.backend.step import ModelRunner, RunnerFacts, StepPlan
+from footplate.backend.step import ModelRunner, RunnerFacts, StepPlan, StepResult
 from footplate.protocol.config import CacheConfig, SchedulerConfig
 from footplate.protocol.messages import AddRequest, GetStats, Stats
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 NUM_NEW_TOKENS = 12
 # Blocks that are no whole pages of our kernels leave attention to torch.
@@ -45,7 +45,7 @@ class Observed:
         self.num_mixed_steps = 0
         self.before_step: Callable[[StepPlan], None] = lambda plan: None
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         self.num_mixed_steps += len({n == 1 for n in plan.num_new_tokens}) == 2
         self.before_step(plan)
         return self._runner.execute(plan)

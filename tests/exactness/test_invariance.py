@@ -13,10 +13,10 @@ import torch
 
 from footplate.backend.engine_core import EngineCore
 from footplate.backend.request import Request
-from footplate.backend.step import ModelRunner, RunnerFacts, StepPlan
+from footplate.backend.step import ModelRunner, RunnerFacts, StepPlan, StepResult
 from footplate.protocol.config import CacheConfig, SchedulerConfig
 from footplate.protocol.messages import AddRequest
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 from .architectures import PAGED, VOCAB_SIZE, make_model
 from .driver import KERNEL_BLOCK_SIZE, Case, Loader, Observed
@@ -199,7 +199,7 @@ class PreemptionCounter:
         self.facts: RunnerFacts = runner.facts
         self.num_released = 0
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         self.num_released += len(plan.released)
         return self._runner.execute(plan)
 

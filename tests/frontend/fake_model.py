@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from footplate.backend.runner.fake import digest_prefix, next_token
 from footplate.backend.runner.load import DEMO_MODEL
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 VOCAB_SIZE: int = json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
 NUM_SPECIAL = 16  # ids below are never produced

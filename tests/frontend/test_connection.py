@@ -31,7 +31,7 @@ from footplate.protocol.messages import (
     Progress,
     Refused,
 )
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 from .scripted_core import PATIENCE_S, WELCOME, ScriptedCore
 

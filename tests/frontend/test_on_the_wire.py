@@ -35,7 +35,7 @@ from footplate.protocol.messages import (
     Stats,
     StepOutputs,
 )
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 from .scripted_core import EPOCH, PATIENCE_S, WELCOME, ScriptedCore
 

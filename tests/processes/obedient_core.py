@@ -10,7 +10,7 @@ from footplate.backend import core_process, inbox, outbox
 from footplate.backend.__main__ import main
 from footplate.backend.runner.fake import FakeModelRunner
 from footplate.backend.runner.load import DEMO_MODEL
-from footplate.backend.step import StepPlan
+from footplate.backend.step import StepPlan, StepResult
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
 
 
@@ -32,7 +32,7 @@ class ObedientRunner(FakeModelRunner):
 
     before_step: Callable[[], None] = staticmethod(lambda: None)
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         if plan.requests:
             self.before_step()
         return super().execute(plan)

@@ -40,7 +40,7 @@ from footplate.protocol.messages import (
     StepOutputs,
     Welcome,
 )
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 from .conftest import HERE, PATIENCE_S, Program, StartCore, files_in, in_time, is_gone
 

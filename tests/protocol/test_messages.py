@@ -23,12 +23,14 @@ from footplate.protocol.messages import (
     ControlReply,
     CoreMessage,
     EngineFailed,
+    ErrorKind,
     Finished,
     FinishReason,
     GetStats,
     Goodbye,
     Hello,
     Limits,
+    LogprobRows,
     Message,
     ModelFacts,
     Progress,
@@ -39,8 +41,30 @@ from footplate.protocol.messages import (
     StepOutputs,
     Welcome,
 )
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import (
+    Grammar,
+    LogitAdjustments,
+    LogprobsMode,
+    LogprobsRequest,
+    ProcessorCall,
+    RepetitionDetection,
+    ThinkingBudget,
+    TokenParams,
+)
 
+EVERYTHING = TokenParams(
+    *(0.5, 1.0, 0, 0.0, 7, 3, 0, (2,)),
+    LogitAdjustments(
+        *(1.0, -1.0, 1.5, {3: 2.0}, (1, 2), ((4, 5),)),
+        thinking=ThinkingBudget(5, (6,), (7,)),
+        forced_token_ids=(8,),
+        processors=(ProcessorCall(0, {"x": [1]}),),
+    ),
+    LogprobsRequest(2, (1,), 0, (2,), 1, LogprobsMode.PROCESSED_LOGITS),
+    Grammar("start: /a/"),
+    RepetitionDetection(4, 1, 2),
+    True,
+)
 PARAMS = TokenParams(0.5, 1.0, 0, 0.0, 7, 3, 0, (2,))
 FACTS = ModelFacts("m", "t", "A", 10, 20, (2,), "float32", "cpu", "paged torch", 5, "int8")
 LIMITS = Limits(256, 512, "fcfs", 16, 100, True)
@@ -50,8 +74,16 @@ GOLDEN_CLIENT: list[tuple[Message, str]] = [
     (Hello((1, 0), "ipc:///x"), "93a568656c6c6f920100a86970633a2f2f2f78"),
     (
         AddRequest(1, [300, 4], PARAMS, -1, "s"),
-        "96a36164640192cd012c0498cb3fe0000000000000cb3ff000000000000000cb0000000000000000070300"
-        "9102ffa173",
+        "9ba36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
+        "009102c0c0c0c0c2ffa1730190cb0000000000000000c0c0",
+    ),
+    (
+        AddRequest(1, [300, 4], EVERYTHING, 0, "", 3, [5], 0.5, 1.0, 2.0),
+        "9ba36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
+        "00910299cb3ff0000000000000cbbff0000000000000cb3ff80000000000008103cb4000000000000000"
+        "92010291920405930591069107910891920081a178910196029101009102010392aa73746172743a202f"
+        "612faa6c6c67756964616e636593040102c300a0039105cb3fe0000000000000cb3ff0000000000000cb"
+        "4000000000000000",
     ),
     (AbortRequests([1, 2]), "92a561626f7274920102"),
     (Goodbye(), "91a3627965"),
@@ -62,9 +94,12 @@ GOLDEN_CLIENT: list[tuple[Message, str]] = [
 GOLDEN_CORE: list[tuple[Message, str]] = [
     (
         Welcome(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
-        "97a777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab706167656420"
-        "746f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe00000"
-        "00000000",
+        "98a777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab7061676564"
+        "20746f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe00000"
+        "0000000088ac6d61785f6c6f6770726f627314ad6c6f6770726f62735f6d6f6465ac7261775f6c6f6770"
+        "726f6273af73747265616d5f696e74657276616c01b16c6f676974735f70726f636573736f727390b372"
+        "6561736f6e696e675f73746172745f737472c0b1726561736f6e696e675f656e645f737472c0b36d6178"
+        "5f6e756d5f7175657565645f72657173c0b56d61785f6e756d5f7175657565645f746f6b656e73c0",
     ),
     (
         Progress("loading weights", 0.25),
@@ -73,6 +108,61 @@ GOLDEN_CORE: list[tuple[Message, str]] = [
     (
         Refused("start", "no such folder"),
         "93a772656675736564a57374617274ae6e6f207375636820666f6c646572",
+    ),
+    (
+        StepOutputs(9, [1, 2], [0, 5], [300, 4]),
+        "9aa36f75740992010292000592cd012c049090909090",
+    ),
+    (
+        StepOutputs(
+            9,
+            [1, 2],
+            [0, 5],
+            [300, 4, 7],
+            [1, 2],
+            [Started(1, 16, 0.5, 0.25)],
+            [Finished(2, FinishReason.LENGTH), Finished(3, FinishReason.ERROR, "why")],
+        ),
+        "9aa36f75740992010292000593cd012c040792010291940110cb3fe0000000000000cb3fd00000000000"
+        "0092940201a000940303a3776879009090",
+    ),
+    (
+        StepOutputs(
+            9,
+            [1],
+            [0],
+            [300],
+            finished=[Finished(2, FinishReason.ERROR, "why", ErrorKind.GRAMMAR)],
+            logprobs=[LogprobRows(1, 0, [2], b"\x2c\x01\0\0", b"\0\0\x80\xbf")],
+            prompt_logprobs=[LogprobRows(1, 1, [1], b"\1\0\0\0", b"\0\0\0\0")],
+        ),
+        "9aa36f7574099101910091cd012c909091940203a377687903919501009102c4042c010000c404000080"
+        "bf919501019101c40401000000c40400000000",
+    ),
+    (
+        ControlReply(3, False, "requests are running"),
+        "95a57265706c7903c2b47265717565737473206172652072756e6e696e67c0",
+    ),
+    (ControlReply(4, True, "", STATS), "95a57265706c7904c3a09b0102030405060708090a0b"),
+    (
+        EngineFailed("RuntimeError: out of memory"),
+        "92a66661696c6564bb52756e74696d654572726f723a206f7574206f66206d656d6f7279",
+    ),
+]
+
+
+# What peers of version 1.0 sent: later ones still read it.
+GOLDEN_1_0: list[tuple[Message, str]] = [
+    (
+        AddRequest(1, [300, 4], PARAMS, -1, "s"),
+        "96a36164640192cd012c0498cb3fe0000000000000cb3ff000000000000000cb0000000000000000070300"
+        "9102ffa173",
+    ),
+    (
+        Welcome(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
+        "97a777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab706167656420"
+        "746f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe00000"
+        "00000000",
     ),
     (
         StepOutputs(9, [1, 2], [0, 5], [300, 4]),
@@ -90,15 +180,6 @@ GOLDEN_CORE: list[tuple[Message, str]] = [
         ),
         "98a36f75740992010292000593cd012c040792010291940110cb3fe0000000000000cb3fd0000000000000"
         "92930201a0930303a3776879",
-    ),
-    (
-        ControlReply(3, False, "requests are running"),
-        "95a57265706c7903c2b47265717565737473206172652072756e6e696e67c0",
-    ),
-    (ControlReply(4, True, "", STATS), "95a57265706c7904c3a09b0102030405060708090a0b"),
-    (
-        EngineFailed("RuntimeError: out of memory"),
-        "92a66661696c6564bb52756e74696d654572726f723a206f7574206f66206d656d6f7279",
     ),
 ]
 
@@ -153,6 +234,13 @@ def test_a_message_of_the_other_direction_is_a_bad_frame(message: Message, golde
 # ---- an older or a newer peer
 
 
+@pytest.mark.parametrize(("message", "golden"), GOLDEN_1_0)
+def test_bytes_of_the_first_version_are_decoded_to_what_they_meant(
+    message: Message, golden: str
+) -> None:
+    assert decode(type(message), bytes.fromhex(golden)) == message
+
+
 @every_message
 def test_fields_that_a_newer_peer_appended_are_ignored(message: Message, golden: str) -> None:
     newer = [*fields_of(golden), "new", 7, None, [1, [2]], {"k": 1.5}]
@@ -167,7 +255,7 @@ def test_fields_that_a_newer_peer_appended_are_ignored(message: Message, golden:
         (GOLDEN_CORE[0], [4]),  # Limits
         (GOLDEN_CORE[4], [6, 0]),  # Started
         (GOLDEN_CORE[4], [7, 1]),  # Finished
-        (GOLDEN_CORE[6], [4]),  # Stats
+        (GOLDEN_CORE[7], [4]),  # Stats
     ],
 )
 def test_fields_that_a_newer_peer_appended_to_a_part_are_ignored(

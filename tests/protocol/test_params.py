@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from footplate.frontend.token_params import resolve_params
+from footplate.protocol.bounds import MAX_SEED
 from footplate.protocol.errors import InvalidParameterError
-from footplate.protocol.params import MAX_SEED, SamplingParams, TokenParams
+from footplate.protocol.params import SamplingParams
 
 
 def test_defaults_are_those_of_the_field() -> None:
@@ -70,6 +72,6 @@ def test_an_invalid_parameter_is_a_value_error_that_names_parameter_and_value() 
 @pytest.mark.parametrize(("ignore_eos", "stops"), [(False, {1, 2, 9}), (True, {1, 2})])
 def test_end_of_sequence_tokens_stop_unless_ignored(ignore_eos: bool, stops: set[int]) -> None:
     params = SamplingParams(stop_token_ids=[1, 2], ignore_eos=ignore_eos, top_k=-1)
-    resolved = TokenParams.resolve(params, seed=5, max_tokens=3, eos_token_ids=(2, 9))
+    resolved = resolve_params(params, seed=5, max_tokens=3, eos_token_ids=(2, 9))
     assert set(resolved.stop_token_ids) == stops
     assert (resolved.seed, resolved.max_tokens, resolved.top_k) == (5, 3, 0)

@@ -6,7 +6,7 @@ from zlib import crc32
 
 from footplate.backend.request import Request
 from footplate.backend.runner.fake import digest_prefix, next_token
-from footplate.backend.step import RunnerFacts, StepPlan
+from footplate.backend.step import RunnerFacts, StepPlan, StepResult
 
 # A token, and a digest of the salt and of all tokens up to and including it: as keys and values
 # do, an entry depends on everything before it.
@@ -42,7 +42,7 @@ class CheckingRunner:
         self.last_requests: list[Request] = []
         self.num_sampled = 0
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         """See `ModelRunner`."""
         self._let_go(plan.released)
         self._check_shape(plan)
@@ -54,7 +54,7 @@ class CheckingRunner:
             self._write(request, count, holders)
         self.last_requests = plan.requests
         self.num_sampled += len(plan.sampling)
-        return [self._sample(plan.requests[index]) for index in plan.sampling]
+        return StepResult([self._sample(plan.requests[index]) for index in plan.sampling])
 
     def _let_go(self, released: list[int]) -> None:
         assert len(set(released)) == len(released), "released twice"

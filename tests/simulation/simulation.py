@@ -18,7 +18,7 @@ from footplate.protocol.messages import (
     Stats,
     StepOutputs,
 )
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 from .checking_runner import CheckingRunner
 from .oracle import ExpectedClient, ExpectedStream, expected_stream, is_valid

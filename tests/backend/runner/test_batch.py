@@ -1,7 +1,7 @@
 from footplate.backend.request import Request
 from footplate.backend.runner.batch import Chunk, RaggedBatch
 from footplate.backend.step import StepPlan
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 8, 0, ())
 

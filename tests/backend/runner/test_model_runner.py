@@ -13,7 +13,7 @@ from footplate.backend.runner.errors import ModelLoadError
 from footplate.backend.runner.model_runner import load_model_runner
 from footplate.backend.step import ModelRunner, StepPlan
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 SaveLlama = Callable[..., Path]
 VOCAB_SIZE = 61  # of what `save_llama` makes
@@ -105,12 +105,12 @@ def test_cuda_without_a_gpu(save_llama: SaveLlama, monkeypatch: pytest.MonkeyPat
 
 def test_an_empty_plan_and_one_that_samples_nobody(save_llama: SaveLlama) -> None:
     runner = load(save_llama())
-    assert runner.execute(StepPlan()) == []
-    assert runner.execute(StepPlan(released=[1, 2])) == []
+    assert runner.execute(StepPlan()).token_ids == []
+    assert runner.execute(StepPlan(released=[1, 2])).token_ids == []
     request = Request(1, b"", 1, [5, 6, 7, 8], 4, GREEDY, block_ids=[3])
-    assert runner.execute(StepPlan([request], [2], [])) == []
+    assert runner.execute(StepPlan([request], [2], [])).token_ids == []
     request.num_computed_tokens = 2
-    assert len(runner.execute(StepPlan([request], [2], [0]))) == 1
+    assert len(runner.execute(StepPlan([request], [2], [0])).token_ids) == 1
 
 
 @pytest.mark.parametrize("compiler", ["missing", "failing"])
@@ -135,4 +135,4 @@ def test_without_a_working_compiler_there_is_one_warning_and_a_runner(
     assert warning.getMessage().startswith("no CPU kernels, torch does the work, more slowly: ")
     assert runner.facts.model.attention == "paged torch"
     request = Request(1, b"", 1, [5, 6, 7, 8], 4, GREEDY, block_ids=[3])
-    assert len(runner.execute(StepPlan([request], [4], [0]))) == 1
+    assert len(runner.execute(StepPlan([request], [4], [0])).token_ids) == 1

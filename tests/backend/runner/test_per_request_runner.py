@@ -15,7 +15,7 @@ from footplate.backend.runner.per_request_runner import (
 from footplate.backend.runner.sampler import Sampler
 from footplate.backend.step import RunnerFacts, StepPlan
 from footplate.protocol.messages import ModelFacts
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 8, 0, ())
 FACTS = RunnerFacts(ModelFacts("", "", "", 50, 64, (), "", "", ""), 16, False)
@@ -50,7 +50,7 @@ def step(runner: PerRequestRunner, *pieces: tuple[Request, int], released: Any =
         plan.num_new_tokens.append(count)
         if one.num_computed_tokens + count == len(one.token_ids):
             plan.sampling.append(index)
-    sampled = runner.execute(plan)
+    sampled = runner.execute(plan).token_ids
     for one, count in pieces:
         one.num_computed_tokens += count
     for index, token in zip(plan.sampling, sampled, strict=True):
@@ -102,7 +102,7 @@ def test_a_repeated_step_gives_the_same_tokens() -> None:
     runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=True)
     one = request([1, 2, 3])
     plan = StepPlan([one], [3], [0])
-    assert runner.execute(plan) == runner.execute(plan) == [6]
+    assert runner.execute(plan).token_ids == runner.execute(plan).token_ids == [6]
 
 
 def test_a_failed_forward_leaves_no_half_written_cache() -> None:

@@ -21,7 +21,7 @@ from footplate.backend.request import Request
 from footplate.backend.runner import cutoff, sampler, torch_sampling
 from footplate.backend.runner.noise import uniform
 from footplate.backend.runner.sampler import MIN_TEMPERATURE, Sampler
-from footplate.protocol.params import TokenParams
+from footplate.protocol.token_params import TokenParams
 
 # Probabilities with exact logarithms to think in: token 2 is the most likely, then 0, 3, 1.
 PROBS = [0.25, 0.0625, 0.5, 0.125]

@@ -1,0 +1,1 @@
+"""Structured outputs: grammars, their compilation beside the busy loop, the masks they make."""
