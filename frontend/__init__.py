@@ -6,18 +6,28 @@ Imports neither torch nor `footplate.backend`.
 from footplate.frontend.async_llm_engine import AsyncLLMEngine
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.llm import LLM
+from footplate.frontend.logprobs import FlatLogprobs, Logprob
 from footplate.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from footplate.frontend.stream import RequestStream
-from footplate.protocol.params import RequestOutputKind, SamplingParams
+from footplate.protocol.params import (
+    RepetitionDetectionParams,
+    RequestOutputKind,
+    SamplingParams,
+)
+from footplate.protocol.structured import StructuredOutputsParams
 
 __all__ = [
     "LLM",
     "AsyncLLMEngine",
     "CompletionOutput",
     "EngineArgs",
+    "FlatLogprobs",
+    "Logprob",
+    "RepetitionDetectionParams",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "RequestStream",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]

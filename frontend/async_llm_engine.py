@@ -1,29 +1,21 @@
 """The client object: an LLM engine as an asyncio application sees it."""
 
-import asyncio
 import random
-import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineState
-from footplate.frontend.outputs import RequestMetrics, RequestOutput
-from footplate.frontend.prompts import (
-    ParsedPrompt,
-    Prompt,
-    parse_prompt,
-    resolve_max_tokens,
-    tokenize,
-)
+from footplate.frontend.outputs import RequestOutput
+from footplate.frontend.prompts import Prompt, parse_prompt
+from footplate.frontend.request_preparation import RequestPreparation
+from footplate.frontend.request_schedule import RequestSchedule
 from footplate.frontend.session import ProgressCallback, Session
 from footplate.frontend.stream import RequestStream
-from footplate.frontend.text import StopStrings, Tokenizer, load_tokenizer
-from footplate.frontend.token_params import resolve_params
+from footplate.frontend.text import Tokenizer
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineError,
@@ -31,7 +23,6 @@ from footplate.protocol.errors import (
 )
 from footplate.protocol.links import default_address
 from footplate.protocol.messages import (
-    AddRequest,
     GetStats,
     Limits,
     ModelFacts,
@@ -41,8 +32,6 @@ from footplate.protocol.messages import (
 from footplate.protocol.params import SamplingParams
 
 CONNECT_TIMEOUT_S = 30.0
-# Handing a text to a thread costs about as much as encoding this many characters.
-MAX_CHARS_ENCODED_INLINE = 256
 
 
 class AsyncLLMEngine:
@@ -72,10 +61,7 @@ class AsyncLLMEngine:
             start_timeout_s = args.start_timeout_s
         self._client = EngineClient()
         self._session = Session(args, address, self._client, start_timeout_s, on_progress)
-        self._tokenizer_source = tokenizer or args.tokenizer
-        self._tokenizer: Tokenizer | None = None
-        self._tokenizer_loading: asyncio.Task[Tokenizer] | None = None
-        self._text_thread: ThreadPoolExecutor | None = None
+        self._preparation = RequestPreparation(self._session, tokenizer or args.tokenizer)
         self._random = random.Random()
 
     @classmethod
@@ -122,12 +108,7 @@ class AsyncLLMEngine:
         """End all streams with `EngineClosedError`, and the core, if it is this engine's own.
         May be called in any state, more than once, and without a running loop."""
         self._session.stop()
-        # The next start may find another model, on another event loop.
-        self._tokenizer = None
-        self._tokenizer_loading = None
-        if self._text_thread is not None:
-            self._text_thread.shutdown(wait=False)
-            self._text_thread = None
+        self._preparation.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -200,6 +181,9 @@ class AsyncLLMEngine:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        arrival_time: float | None = None,
+        ttft_deadline_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the output of one request as it grows.
 
@@ -209,13 +193,27 @@ class AsyncLLMEngine:
             prompt: text, token ids, chat messages, or a mapping (see `Prompt`).
             request_id: unique among this object's live requests; made up if not given.
             priority: lower runs earlier, under the priority policy.
+            arrival_time: when the request came, as `time.time()` has it, if that was before this
+                call. Who came first is served first; deadlines count from it.
+            ttft_deadline_s: most seconds from arrival to the first token; then the request ends
+                with finish reason `deadline`.
+            deadline_s: most seconds from arrival to the last token, likewise.
 
         Raises:
             InvalidRequestError: the request was refused; nothing has been sent.
+            QueueOverflowError: too many requests wait already.
             RequestFailedError: the core could not finish this request.
             EngineError: the engine could not start, has died or was shut down.
         """
-        stream = await self.add_request(request_id, prompt, sampling_params, priority=priority)
+        stream = await self.add_request(
+            request_id,
+            prompt,
+            sampling_params,
+            priority=priority,
+            arrival_time=arrival_time,
+            ttft_deadline_s=ttft_deadline_s,
+            deadline_s=deadline_s,
+        )
         try:
             async for output in stream:
                 yield output
@@ -230,26 +228,37 @@ class AsyncLLMEngine:
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
+        arrival_time: float | None = None,
+        ttft_deadline_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> RequestStream:
         """Start one request and return its stream, which the caller iterates to its end or closes:
         a stream that is only dropped runs on. For arguments and errors see `generate`."""
         await self._session.ensure_started()
         params = SamplingParams() if params is None else params
-        self._check_arguments(request_id, params, priority)
+        schedule = RequestSchedule(priority, arrival_time, ttft_deadline_s, deadline_s)
+        self._check_arguments(request_id, params, schedule)
+        requests = self._session.welcome.requests
+        self._client.waiting.require_room(requests, params.n)
         stream = RequestStream(
             uuid.uuid4().hex if request_id is None else request_id,
-            self._client.new_handle(),
+            self._client.new_handles(params.n),
             params,
             self._random.getrandbits(63) if params.seed is None else params.seed,
-            RequestMetrics(time.time(), time.monotonic()),
+            schedule.metrics(),
             self._abandon,
+            requests.stream_interval,
         )
         # Opened before the prompt is encoded: from here on the id is taken, and can be aborted.
         self._client.open(stream)
         try:
-            message = await self._prepare(stream, parse_prompt(prompt), priority)
+            message = await self._preparation.prepare(stream, parse_prompt(prompt), schedule)
             if not stream.is_finished:
+                # Asked again: others have come while the prompt was encoded.
+                num_tokens = len(stream.prompt_token_ids)
+                self._client.waiting.require_room(requests, params.n, num_tokens)
                 self._session.send(message)
+                self._client.enqueue(stream)
         except BaseException:
             self._client.discard(stream)
             raise
@@ -260,61 +269,16 @@ class AsyncLLMEngine:
             raise
         return stream
 
-    async def _prepare(
-        self, stream: RequestStream, prompt: ParsedPrompt, priority: int
-    ) -> AddRequest:
-        params, model = stream.params, self._session.welcome.model
-        text, token_ids = await self._token_ids_of(prompt)
-        max_tokens = resolve_max_tokens(token_ids, params, model)
-        detokenizer = None
-        if params.detokenize:
-            detokenizer = (await self.get_tokenizer()).detokenizer(
-                token_ids,
-                skip_special_tokens=params.skip_special_tokens,
-                spaces_between_special_tokens=params.spaces_between_special_tokens,
-            )
-        stops = params.stop_strings
-        stream.begin(
-            text,
-            token_ids,
-            detokenizer,
-            StopStrings(stops, params.include_stop_str_in_output) if stops else None,
-        )
-        token_params = resolve_params(
-            params, seed=stream.seed, max_tokens=max_tokens, eos_token_ids=model.eos_token_ids
-        )
-        return AddRequest(stream.handle, token_ids, token_params, priority, prompt.cache_salt)
-
-    def _check_arguments(self, request_id: object, params: object, priority: int) -> None:
+    def _check_arguments(
+        self, request_id: object, params: object, schedule: RequestSchedule
+    ) -> None:
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise InvalidRequestError(f"request_id must be a non-empty string, got {request_id!r}")
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(
                 f"sampling params must be SamplingParams, got {type(params).__name__}"
             )
-        self._check_priority(priority)
-
-    def _check_priority(self, priority: int) -> None:
-        if priority and self._session.welcome.limits.policy != "priority":
-            raise InvalidRequestError(
-                f"priority={priority} needs an engine with scheduling_policy='priority'"
-            )
-        if not -(2**31) <= priority < 2**31:
-            raise InvalidRequestError(f"priority={priority} must fit into 32 bits")
-
-    async def _token_ids_of(self, parsed: ParsedPrompt) -> tuple[str | None, list[int]]:
-        if parsed.token_ids is not None:
-            return None, parsed.token_ids
-        tokenizer = await self.get_tokenizer()
-        if parsed.text is not None and len(parsed.text) <= MAX_CHARS_ENCODED_INLINE:
-            return tokenize(parsed, tokenizer)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor(), tokenize, parsed, tokenizer)
-
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._text_thread is None:
-            self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="footplate-text")
-        return self._text_thread
+        schedule.check(self._session.welcome.limits)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests with finish reason `abort` and what there is so far. Unknown and finished
@@ -334,17 +298,8 @@ class AsyncLLMEngine:
 
     async def get_tokenizer(self) -> Tokenizer:
         """The tokenizer of the engine's model. Raises TokenizerError if there is none."""
-        if self._tokenizer is None:
-            await self._session.ensure_started()
-            if self._tokenizer_loading is None:
-                source = self._tokenizer_source or self._session.welcome.model.tokenizer
-                self._tokenizer_loading = asyncio.ensure_future(self._load_tokenizer(source))
-            self._tokenizer = await asyncio.shield(self._tokenizer_loading)
-        return self._tokenizer
-
-    async def _load_tokenizer(self, source: str) -> Tokenizer:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor(), load_tokenizer, source)
+        await self._session.ensure_started()
+        return await self._preparation.tokenizer()
 
     async def get_model_config(self) -> ModelFacts:
         """What the core found out about its model."""

@@ -3,8 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from footplate.protocol.config import CacheConfig, CoreConfig, ModelConfig, SchedulerConfig
+from footplate.protocol.bounds import MAX_INT, require_int
+from footplate.protocol.config import (
+    CacheConfig,
+    CoreConfig,
+    ModelConfig,
+    RequestConfig,
+    SchedulerConfig,
+)
 from footplate.protocol.errors import InvalidParameterError
+from footplate.protocol.params import LOGPROBS_MODES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,37 @@ class EngineArgs:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     """First come, first served; or by the requests' priority, lower first."""
 
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one prompt in a step that others take part in; 0 is no limit."""
+
+    max_num_queued_reqs: int | None = None
+    """Most requests that wait for their first step; further ones are refused with a
+    QueueOverflowError. No limit if not given."""
+
+    max_num_queued_tokens: int | None = None
+    """Most prompt tokens of waiting requests, likewise."""
+
+    max_logprobs: int = 20
+    """Most `logprobs` and `prompt_logprobs` per token; -1 allows the whole vocabulary."""
+
+    logprobs_mode: Literal[
+        "raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"
+    ] = "raw_logprobs"
+    """What logprobs are of requests that do not say: of the model's own logits, or after everything
+    that is done to them; normalised, or logits as they are."""
+
+    stream_interval: int = 1
+    """Tokens from one output of a stream to the next, of requests that do not say."""
+
+    logits_processors: tuple[str, ...] = ()
+    """Classes that requests may use, as "package.module:Class"; the engine core imports them."""
+
+    reasoning_start_str: str | None = None
+    """What begins the model's thinking, for `thinking_token_budget`; "<think>" if not given."""
+
+    reasoning_end_str: str | None = None
+    """What ends it; "</think>" if not given."""
+
     threads: int | None = None
     """CPU threads of the forward pass; if not given the cores of the CPU set, or one for a very
     small model."""
@@ -74,11 +113,21 @@ class EngineArgs:
         _require_text("model", self.model)
         if self.tokenizer is not None:
             _require_text("tokenizer", self.tokenizer)
-        for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
+        for name in _POSITIVE_OR_NONE:
             _require_positive(name, getattr(self, name), optional=True)
-        _require_positive("threads", self.threads, optional=True)
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in _POSITIVE:
             _require_positive(name, getattr(self, name))
+        require_int("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, MAX_INT)
+        require_int("max_logprobs", self.max_logprobs, -1, MAX_INT)
+        for name in ("reasoning_start_str", "reasoning_end_str"):
+            if getattr(self, name) is not None:
+                _require_text(name, getattr(self, name))
+        if not isinstance(self.logits_processors, list | tuple):
+            raise InvalidParameterError(
+                "logits_processors", self.logits_processors, 'a list of "package.module:Class"'
+            )
+        for path in self.logits_processors:
+            _require_text("logits_processors", path)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidParameterError(
                 "max_num_batched_tokens",
@@ -125,16 +174,37 @@ class EngineArgs:
                 max_num_seqs=self.max_num_seqs,
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 policy=self.scheduling_policy,
+                long_prefill_token_threshold=self.long_prefill_token_threshold,
+            ),
+            requests=RequestConfig(
+                max_logprobs=self.max_logprobs,
+                logprobs_mode=self.logprobs_mode,
+                stream_interval=self.stream_interval,
+                logits_processors=tuple(self.logits_processors),
+                reasoning_start_str=self.reasoning_start_str,
+                reasoning_end_str=self.reasoning_end_str,
+                max_num_queued_reqs=self.max_num_queued_reqs,
+                max_num_queued_tokens=self.max_num_queued_tokens,
             ),
             log_level=self.log_level,
         )
 
 
+_POSITIVE_OR_NONE = (
+    "max_model_len",
+    "num_gpu_blocks_override",
+    "kv_cache_memory_bytes",
+    "threads",
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
+)
+_POSITIVE = ("block_size", "max_num_seqs", "max_num_batched_tokens", "stream_interval")
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
     "quantization": (None, "int8", "int4"),
     "scheduling_policy": ("fcfs", "priority"),
+    "logprobs_mode": LOGPROBS_MODES,
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),
 }
 

@@ -3,31 +3,52 @@
 import logging
 from collections.abc import Iterable
 
+from footplate.frontend.admission import WaitingRequests
+from footplate.frontend.completion import Completion
 from footplate.frontend.stream import RequestStream
-from footplate.protocol.errors import DuplicateRequestError, FootplateError, RequestFailedError
-from footplate.protocol.messages import AbortRequests, Finished, Started, StepOutputs
+from footplate.protocol.errors import (
+    DuplicateRequestError,
+    FootplateError,
+    QueueOverflowError,
+    RequestFailedError,
+)
+from footplate.protocol.messages import (
+    AbortRequests,
+    ErrorKind,
+    Finished,
+    FinishReason,
+    LogprobRows,
+    Started,
+    StepOutputs,
+)
 
 logger = logging.getLogger(__name__)
 
 
 class EngineClient:
-    """Owns the live streams, by handle and by request id. Knows nothing of scheduling or memory:
-    the engine core alone decides what runs."""
+    """Owns the live streams, by request id, and their completions, by handle. Knows nothing of
+    scheduling or memory: the engine core alone decides what runs.
+
+    Attributes:
+        waiting: the requests that have been sent and have not started.
+    """
 
     def __init__(self) -> None:
-        self._by_handle: dict[int, RequestStream] = {}
+        self._by_handle: dict[int, Completion] = {}
         self._by_request_id: dict[str, RequestStream] = {}
         self._num_handles = 0
+        self.waiting = WaitingRequests()
 
     @property
     def num_live(self) -> int:
         """Streams that have not ended."""
-        return len(self._by_handle)
+        return len(self._by_request_id)
 
-    def new_handle(self) -> int:
-        """A number that no request of this session has had."""
-        self._num_handles += 1
-        return self._num_handles
+    def new_handles(self, count: int) -> int:
+        """The first of `count` consecutive numbers that no request of this session has had."""
+        first = self._num_handles + 1
+        self._num_handles += count
+        return first
 
     def require_unused(self, request_id: str) -> None:
         """Raise DuplicateRequestError if a live request has this id."""
@@ -41,18 +62,25 @@ class EngineClient:
         """Expect outputs for this stream from now on."""
         self.require_unused(stream.request_id)
         self._by_request_id[stream.request_id] = stream
-        self._by_handle[stream.handle] = stream
+        for completion in stream.completions:
+            self._by_handle[completion.handle] = completion
+
+    def enqueue(self, stream: RequestStream) -> None:
+        """Its request is about to be sent: it waits from now on."""
+        stream.num_queued_tokens = len(stream.prompt_token_ids)
+        self.waiting.enter(len(stream.completions), stream.num_queued_tokens)
+        for completion in stream.completions:
+            completion.is_waiting = True
 
     def discard(self, stream: RequestStream) -> None:
         """Take back `open`: its request has never been sent."""
-        if self._by_handle.get(stream.handle) is stream:
-            self._forget(stream)
+        self._forget(stream)
 
     def handle(self, outputs: StepOutputs, now: float) -> list[int]:
         """Give every stream what is new for it, received at `now` (monotonic seconds).
 
         Returns:
-            Handles that the core need not go on with: their stream has ended here.
+            Handles that the core need not go on with: they have ended here.
 
         Raises:
             ValueError: the columns do not fit together.
@@ -60,25 +88,32 @@ class EngineClient:
         by_handle = self._by_handle
         over: list[int] = []
         for started in outputs.started:
-            self._start(started)
+            self._start(started, now)
+        for rows in outputs.prompt_logprobs:
+            if (completion := by_handle.get(rows.handle)) is not None:
+                stream = self._by_request_id[completion.request_id]
+                if not stream.push_prompt_logprobs(rows):
+                    self._on_gap(completion, len(stream.prompt_scored or ()), rows.position, over)
+        for rows in outputs.logprobs:
+            self._push_logprobs(rows, over)
         if not outputs.counts:
             for handle, position, token_id in zip(
                 outputs.handles, outputs.positions, outputs.token_ids, strict=True
             ):
-                stream = by_handle.get(handle)
-                if stream is not None:
-                    if position != stream.num_tokens:
-                        self._on_wrong_position(stream, position, over)
+                completion = by_handle.get(handle)
+                if completion is not None:
+                    if position != completion.num_tokens:
+                        self._on_wrong_position(completion, position, over)
                         continue
                     try:
-                        if stream.push((token_id,), now):
-                            self._close(stream, over)
+                        if completion.push((token_id,), now):
+                            self._close(completion, over)
                     except Exception as error:
-                        self._on_no_text(stream, error, over)
+                        self._on_no_text(completion, error, over)
         else:
             self._handle_runs(outputs, now, over)
         for finished in outputs.finished:
-            self._finish(finished)
+            self._finish(finished, over)
         return over
 
     def _handle_runs(self, outputs: StepOutputs, now: float, over: list[int]) -> None:
@@ -88,46 +123,78 @@ class EngineClient:
         ):
             run = outputs.token_ids[start : start + count]
             start += count
-            stream = self._by_handle.get(handle)
-            if stream is None:
+            completion = self._by_handle.get(handle)
+            if completion is None:
                 continue
-            num_known = stream.num_tokens - position
+            num_known = completion.num_tokens - position
             if num_known < 0:
-                self._on_wrong_position(stream, position, over)
+                self._on_wrong_position(completion, position, over)
             elif num_known < count:
                 try:
-                    if stream.push(run[num_known:], now):
-                        self._close(stream, over)
+                    if completion.push(run[num_known:], now):
+                        self._close(completion, over)
                 except Exception as error:
-                    self._on_no_text(stream, error, over)
+                    self._on_no_text(completion, error, over)
 
-    def _on_no_text(self, stream: RequestStream, error: Exception, over: list[int]) -> None:
+    def _push_logprobs(self, rows: LogprobRows, over: list[int]) -> None:
+        completion = self._by_handle.get(rows.handle)
+        if completion is not None and not completion.push_logprobs(rows):
+            self._on_gap(completion, len(completion.scored or ()), rows.position, over)
+
+    def _on_no_text(self, completion: Completion, error: Exception, over: list[int]) -> None:
         # Whatever a tokenizer raises for one request must not cost the others their tokens.
-        logger.error("request %s: its text cannot be made", stream.request_id, exc_info=error)
-        stream.fail(RequestFailedError(f"request {stream.request_id!r}: no text for it: {error!r}"))
-        self._close(stream, over)
+        request_id = completion.request_id
+        logger.error("request %s: its text cannot be made", request_id, exc_info=error)
+        why = RequestFailedError(f"request {request_id!r}: no text for it: {error!r}")
+        self._fail(completion, why, over)
 
-    def _on_wrong_position(self, stream: RequestStream, position: int, over: list[int]) -> None:
-        if position < stream.num_tokens:
-            return  # seen before
+    def _on_wrong_position(self, completion: Completion, position: int, over: list[int]) -> None:
+        if position >= completion.num_tokens:  # otherwise it has been seen before
+            self._on_gap(completion, completion.num_tokens, position, over)
+
+    def _on_gap(self, completion: Completion, expected: int, came: int, over: list[int]) -> None:
         # Tokens in between were lost. A stream with a hole is worse than one that ends.
-        expected = stream.num_tokens
-        stream.fail(
-            RequestFailedError(
-                f"request {stream.request_id!r}: token {expected} is missing, {position} came"
-            )
+        request_id = completion.request_id
+        why = RequestFailedError(
+            f"request {request_id!r}: token {expected} is missing, {came} came"
         )
-        self._close(stream, over)
+        self._fail(completion, why, over)
 
-    def _start(self, started: Started) -> None:
-        if stream := self._by_handle.get(started.handle):
+    def _fail(self, completion: Completion, error: FootplateError, over: list[int]) -> None:
+        """End the whole request that a completion is part of."""
+        stream = self._by_request_id[completion.request_id]
+        stream.fail(error)
+        over += self._forget(stream)
+
+    def _start(self, started: Started, now: float) -> None:
+        if completion := self._by_handle.get(started.handle):
+            stream = self._by_request_id[completion.request_id]
             stream.start(started)
+            if completion.is_waiting:
+                completion.is_waiting = False
+                # The prompt is counted once, with the first completion that starts.
+                self.waiting.start(stream.num_queued_tokens, now)
+                stream.num_queued_tokens = 0
 
-    def _finish(self, finished: Finished) -> None:
-        # Unknown handles are ours too: the stream has ended here before the core knew.
-        if stream := self._by_handle.get(finished.handle):
-            stream.finish(finished)
-            self._forget(stream)
+    def _finish(self, finished: Finished, over: list[int]) -> None:
+        # Unknown handles are ours too: the completion has ended here before the core knew.
+        completion = self._by_handle.get(finished.handle)
+        if completion is None:
+            return
+        stream = self._by_request_id[completion.request_id]
+        completion.finish(finished)
+        self._forget_completion(completion)
+        if finished.reason is FinishReason.ERROR:
+            # Its siblings are no use to a consumer that gets an exception.
+            stream.abort(self._error_of(stream, finished))
+            over += self._forget(stream)
+        elif stream.is_finished:
+            del self._by_request_id[stream.request_id]
+
+    def _error_of(self, stream: RequestStream, finished: Finished) -> FootplateError:
+        if finished.kind is ErrorKind.OVERFLOW:
+            return QueueOverflowError(finished.message, self.waiting.estimate_retry_s())
+        return RequestFailedError(f"request {stream.request_id!r}: {finished.message}")
 
     def abort(self, request_ids: Iterable[str]) -> AbortRequests | None:
         """End these streams with what there is so far; unknown ids are no error.
@@ -139,19 +206,34 @@ class EngineClient:
         for request_id in request_ids:
             if stream := self._by_request_id.get(request_id):
                 stream.abort()
-                self._close(stream, handles)
+                handles += self._forget(stream)
         return AbortRequests(handles) if handles else None
 
     def fail_all(self, error: FootplateError) -> None:
         """End every stream with this error."""
-        for stream in list(self._by_handle.values()):
+        for stream in list(self._by_request_id.values()):
             stream.fail(error)
             self._forget(stream)
 
-    def _close(self, stream: RequestStream, over: list[int]) -> None:
-        over.append(stream.handle)
-        self._forget(stream)
+    def _close(self, completion: Completion, over: list[int]) -> None:
+        over.append(completion.handle)
+        self._forget_completion(completion)
+        if self._by_request_id[completion.request_id].is_finished:
+            del self._by_request_id[completion.request_id]
 
-    def _forget(self, stream: RequestStream) -> None:
-        del self._by_handle[stream.handle]
-        del self._by_request_id[stream.request_id]
+    def _forget(self, stream: RequestStream) -> list[int]:
+        """Expect nothing more; the handles that were still live."""
+        live = [c for c in stream.completions if self._by_handle.get(c.handle) is c]
+        for completion in live:
+            self._forget_completion(completion)
+        if self._by_request_id.get(stream.request_id) is stream:
+            del self._by_request_id[stream.request_id]
+        return [completion.handle for completion in live]
+
+    def _forget_completion(self, completion: Completion) -> None:
+        del self._by_handle[completion.handle]
+        if completion.is_waiting:
+            completion.is_waiting = False
+            stream = self._by_request_id[completion.request_id]
+            self.waiting.leave(1, stream.num_queued_tokens)
+            stream.num_queued_tokens = 0

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from footplate.frontend.logprobs import Logprobs
+
 
 class RequestMetrics(msgspec.Struct):
     """When things happened to a request; one object per request, filled in as it goes.
@@ -36,6 +38,8 @@ class CompletionOutput(msgspec.Struct, gc=False):
         finish_reason: None while the stream goes on.
         stop_reason: the stop string or stop token that ended it; None for the model's own
             end of sequence.
+        logprobs: of `token_ids`, position by position; None if they were not asked for.
+        cumulative_logprob: the sum over all tokens so far, likewise.
     """
 
     index: int
@@ -43,6 +47,8 @@ class CompletionOutput(msgspec.Struct, gc=False):
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: Logprobs | None = None
+    cumulative_logprob: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -55,9 +61,14 @@ class RequestOutput(msgspec.Struct, gc=False):
 
     Attributes:
         prompt: as text, if it was given as text or as messages.
-        seed: the seed that was used, also when none was given.
+        outputs: completions with news, by index; all of them with `FINAL_ONLY`.
+        finished: whether this is the request's last output.
+        seed: the seed that was used, also when none was given; completion i had seed + i.
         num_cached_tokens: how many prompt tokens came from the prefix cache; None before the
             first token.
+        prompt_logprobs: one entry per prompt token, None for those that were not scored (the
+            first one never is); None if they were not asked for. With `DELTA` in the first
+            output only.
     """
 
     request_id: str
@@ -68,3 +79,4 @@ class RequestOutput(msgspec.Struct, gc=False):
     seed: int
     metrics: RequestMetrics
     num_cached_tokens: int | None = None
+    prompt_logprobs: Logprobs | None = None

@@ -98,7 +98,11 @@ def resolve_max_tokens(token_ids: list[int], params: SamplingParams, model: Mode
             f"together: shorten it by at least {length - limit + 1}, or start the engine with a "
             "larger max_model_len"
         )
-    max_tokens = limit - length if params.max_tokens is None else params.max_tokens
+    trace = params.trace_decode_token_ids
+    if trace is not None:
+        max_tokens = len(trace)
+    else:
+        max_tokens = limit - length if params.max_tokens is None else params.max_tokens
     if length + max_tokens > limit:
         raise PromptTooLongError(
             f"the prompt has {length} tokens and max_tokens is {max_tokens}, together "

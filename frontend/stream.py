@@ -2,51 +2,43 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from footplate.frontend.outputs import (
-    CompletionOutput,
-    RequestMetrics,
-    RequestOutput,
-)
-from footplate.protocol.errors import FootplateError, RequestFailedError
-from footplate.protocol.messages import Finished, FinishReason, Started
+from footplate.frontend.completion import Completion, Wakeup
+from footplate.frontend.logprobs import Logprobs, ScoredTokens
+from footplate.frontend.output_text import OutputText
+from footplate.frontend.outputs import RequestMetrics, RequestOutput
+from footplate.protocol.errors import FootplateError
+from footplate.protocol.messages import FinishReason, LogprobRows, Started
 from footplate.protocol.params import RequestOutputKind, SamplingParams
-
-if TYPE_CHECKING:
-    from footplate.frontend.text import Detokenizer, StopStrings
 
 
 class RequestStream:
-    """Owns all that the client knows of one live request: its tokens, its text, its end.
+    """Owns what the client knows of one live request beside its completions.
 
-    The engine client pushes; one consumer iterates. What has arrived and has not been taken is
-    merged into the next output, so a slow consumer costs no memory beyond its own tokens.
+    The engine client pushes, to the completions and here; one consumer iterates. An output holds
+    the completions that have news; with `FINAL_ONLY` there is one output, with all of them.
 
-    Text is made when it is needed: at arrival if a stop string could end the request there,
-    else when the consumer takes an output.
+    Attributes:
+        completions: one for each of `n`; the handles are consecutive.
+        num_queued_tokens: prompt tokens that wait for their first step, as far as is known.
     """
 
     __slots__ = (
-        "_delta_text",
-        "_detokenizer",
         "_error",
-        "_final_taken",
-        "_finish_reason",
-        "_kind",
-        "_num_detokenized",
-        "_num_taken",
+        "_is_delta",
+        "_is_final_only",
         "_on_abandoned",
-        "_stop_reason",
-        "_stops",
-        "_text",
-        "_token_ids",
-        "_waiter",
-        "handle",
+        "_prompt_logprobs",
+        "_wakeup",
+        "_was_closed",
+        "completions",
         "metrics",
         "num_cached_tokens",
+        "num_queued_tokens",
         "params",
         "prompt",
+        "prompt_scored",
         "prompt_token_ids",
         "request_id",
         "seed",
@@ -60,153 +52,101 @@ class RequestStream:
         seed: int,
         metrics: RequestMetrics,
         on_abandoned: Callable[["RequestStream"], None],
+        stream_interval: int = 1,
     ) -> None:
         """Open a stream; `begin` says what it is about.
 
         Args:
+            handle: of the first completion.
             on_abandoned: called when the consumer closes the stream before its end.
+            stream_interval: of requests that name none.
         """
         self.request_id = request_id
-        self.handle = handle
         self.prompt: str | None = None
         self.prompt_token_ids: list[int] = []
         self.params = params
         self.seed = seed
         self.metrics = metrics
         self.num_cached_tokens: int | None = None
-        self._kind = params.output_kind
-        self._detokenizer: Detokenizer | None = None
-        self._stops: StopStrings | None = None
+        self.num_queued_tokens = 0
+        self.prompt_scored: ScoredTokens | None = None
+        self._prompt_logprobs: Logprobs | None = None
+        self._is_delta = params.output_kind is RequestOutputKind.DELTA
+        self._is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
         self._on_abandoned = on_abandoned
-        self._token_ids: list[int] = []
-        self._num_detokenized = 0
-        self._num_taken = 0
-        self._text = ""
-        self._delta_text = ""
-        self._finish_reason: FinishReason | None = None
-        self._stop_reason: int | str | None = None
         self._error: FootplateError | None = None
-        self._final_taken = False
-        self._waiter: asyncio.Future[None] | None = None
+        self._was_closed = False
+        self._wakeup = wakeup = Wakeup(params.n)
+        interval = params.stream_interval or stream_interval
+        self.completions = [
+            Completion(request_id, index, handle + index, params, metrics, wakeup, interval)
+            for index in range(params.n)
+        ]
 
     def begin(
         self,
         prompt: str | None,
         prompt_token_ids: list[int],
-        detokenizer: "Detokenizer | None",
-        stops: "StopStrings | None",
+        make_text: Callable[[], OutputText] | None,
+        decode: Callable[[int], str] | None = None,
     ) -> None:
         """Set what encoding the prompt has brought. The stream may have been aborted meanwhile.
 
         Args:
             prompt: None if it was given as token ids.
-            detokenizer: None for a stream of token ids alone.
-            stops: None without stop strings.
+            make_text: for each completion; None for a stream of token ids alone.
+            decode: the text of one token, for its logprobs.
         """
+        params = self.params
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
-        self._detokenizer = detokenizer
-        self._stops = stops
+        if params.prompt_logprobs is not None or params.prompt_logprob_token_ids:
+            self.prompt_scored = ScoredTokens(len(params.prompt_logprob_token_ids or ()), decode)
+        is_scored = params.logprobs is not None or params.logprob_token_ids
+        for completion in self.completions:
+            if make_text is not None:
+                completion.text = make_text()
+            if is_scored:
+                completion.scored = ScoredTokens(len(params.logprob_token_ids or ()), decode)
 
     # ---- pushed by the engine client
 
     @property
-    def num_tokens(self) -> int:
-        """Output tokens received; the next one has this position."""
-        return len(self._token_ids)
+    def handle(self) -> int:
+        """Of the first completion."""
+        return self.completions[0].handle
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing more will be pushed."""
-        return self._finish_reason is not None or self._error is not None
-
-    def push(self, token_ids: Sequence[int], now: float) -> bool:
-        """Take tokens that follow those received so far; True if a stop string ended the stream.
-
-        Tokens behind the one that completed a stop string are dropped.
-        """
-        metrics = self.metrics
-        if metrics.first_token is None:
-            metrics.first_token = now
-        metrics.last_token = now
-        self._token_ids += token_ids
-        if self._stops is not None and self._advance_until_stop():
-            self._end(FinishReason.STOP)
-            return True
-        if self._waiter is not None and self._kind is not RequestOutputKind.FINAL_ONLY:
-            self._wake()
-        return False
+        return not self._wakeup.num_unfinished or self._error is not None
 
     def start(self, started: Started) -> None:
         """The core's report on the way to the first token."""
-        self.num_cached_tokens = started.num_cached_tokens
-        self.metrics.queue_time_s = started.queue_time_s
-        self.metrics.prefill_time_s = started.prefill_time_s
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = started.num_cached_tokens
+            self.metrics.queue_time_s = started.queue_time_s
+            self.metrics.prefill_time_s = started.prefill_time_s
 
-    def finish(self, finished: Finished) -> None:
-        """The core's last word on this request."""
-        if finished.reason is FinishReason.ERROR:
-            self._error = RequestFailedError(f"request {self.request_id!r}: {finished.message}")
-            self._finish_reason = FinishReason.ERROR  # one last output, then the error
-            self._wake()
-            return
-        own_stops = self.params.stop_token_ids or ()
-        if finished.reason is FinishReason.STOP and self._token_ids[-1] in own_stops:
-            self._stop_reason = self._token_ids[-1]
-        self._end(finished.reason)
+    def push_prompt_logprobs(self, rows: LogprobRows) -> bool:
+        """Take scores of the prompt, before the first token; False if some are missing."""
+        return self.prompt_scored is None or self.prompt_scored.add(rows)
 
-    def abort(self) -> None:
-        """End here, with what there is so far."""
-        self._end(FinishReason.ABORT)
+    def abort(self, error: FootplateError | None = None) -> None:
+        """End here, with what there is so far.
+
+        Args:
+            error: raised behind the last output.
+        """
+        self._error = self._error or error
+        for completion in self.completions:
+            completion.end(FinishReason.ABORT)
 
     def fail(self, error: FootplateError) -> None:
         """End with an error. What has arrived before it is still handed out first."""
         if not self.is_finished:
             self._error = error
-            self._wake()
-
-    def _end(self, reason: FinishReason) -> None:
-        if not self.is_finished:
-            self._finish_reason = reason
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    # ---- text
-
-    def _advance_until_stop(self) -> bool:
-        """Detokenize one by one, so that the stream ends with the token that completed a stop."""
-        assert self._detokenizer is not None and self._stops is not None
-        min_tokens = self.params.min_tokens
-        while self._num_detokenized < len(self._token_ids):
-            token_id = self._token_ids[self._num_detokenized]
-            self._num_detokenized += 1
-            delta = self._detokenizer.feed((token_id,))
-            if self._num_detokenized <= min_tokens:
-                self._delta_text += delta
-                continue
-            shown, stop = self._stops.feed(delta)
-            self._delta_text += shown
-            if stop is not None:
-                self._stop_reason = stop
-                del self._token_ids[self._num_detokenized :]
-                return True
-        return False
-
-    def _advance_text(self) -> None:
-        if self._detokenizer is None:
-            return
-        if self._num_detokenized < len(self._token_ids):
-            fresh = self._token_ids[self._num_detokenized :]
-            self._num_detokenized = len(self._token_ids)
-            self._delta_text += self._detokenizer.feed(fresh)
-        if self._finish_reason is not None and not isinstance(self._stop_reason, str):
-            rest = self._detokenizer.finish()
-            if self._stops is not None:
-                rest = self._stops.feed(rest)[0] + self._stops.finish()
-            self._delta_text += rest
+            self._wakeup.wake()
 
     # ---- taken by the consumer
 
@@ -219,62 +159,57 @@ class RequestStream:
         Raises:
             FootplateError: the request or the engine failed; what arrived before came first.
         """
+        wakeup = self._wakeup
         while True:
-            if self._has_output():
-                return self._take()
-            if self._error is not None:
-                self._final_taken = True
+            if due := self._due():
+                return self._take(due)
+            if self._error is not None and not self._was_closed:
                 raise self._error
-            if self._final_taken:
+            if self._was_closed or all(c.final_taken for c in self.completions):
                 raise StopAsyncIteration
-            if self._waiter is not None:
+            if wakeup.waiter is not None:
                 raise RuntimeError("two consumers wait for one stream: it has one output for one")
-            self._waiter = asyncio.get_running_loop().create_future()
+            wakeup.waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiter
+                await wakeup.waiter
             finally:
-                self._waiter = None
+                wakeup.waiter = None
 
-    def _has_output(self) -> bool:
-        if self._final_taken:
-            return False
-        if self._finish_reason is not None:
-            return True
-        return (
-            self._kind is not RequestOutputKind.FINAL_ONLY
-            and len(self._token_ids) > self._num_taken
-        )
+    def _due(self) -> Sequence[Completion]:
+        if self._was_closed:
+            return ()
+        if self._is_final_only:
+            is_complete = not self._wakeup.num_unfinished and not self.completions[0].final_taken
+            return self.completions if is_complete else ()
+        due = [completion for completion in self.completions if completion.is_due]
+        if not due and self._error is not None:
+            due = [completion for completion in self.completions if completion.has_news]
+        return due
 
-    def _take(self) -> RequestOutput:
-        self._advance_text()
-        finish_reason = self._finish_reason
-        if self._kind is RequestOutputKind.DELTA:
-            token_ids = self._token_ids[self._num_taken :]
-            text = self._delta_text
-        else:
-            self._text += self._delta_text
-            token_ids = self._token_ids.copy()
-            text = self._text
-        self._delta_text = ""
-        self._num_taken = len(self._token_ids)
-        self._final_taken = finish_reason is not None
-        completion = CompletionOutput(
-            0,
-            text,
-            token_ids,
-            None if finish_reason is None else str(finish_reason),
-            self._stop_reason,
-        )
+    def _take(self, due: Sequence[Completion]) -> RequestOutput:
         return RequestOutput(
             self.request_id,
             self.prompt,
             self.prompt_token_ids,
-            [completion],
-            self._final_taken,
+            [completion.take() for completion in due],
+            not self._wakeup.num_unfinished and all(c.final_taken for c in self.completions),
             self.seed,
             self.metrics,
             self.num_cached_tokens,
+            self._take_prompt_logprobs(),
         )
+
+    def _take_prompt_logprobs(self) -> Logprobs | None:
+        if self.prompt_scored is not None:
+            # All of it has come before the first output.
+            self._prompt_logprobs = self.prompt_scored.read(
+                0, len(self.prompt_token_ids), flat=self.params.flat_logprobs
+            )
+            self.prompt_scored = None
+        taken = self._prompt_logprobs
+        if self._is_delta:
+            self._prompt_logprobs = None
+        return taken
 
     async def aclose(self) -> None:
         """Abandon the stream. If the request has not ended, the engine core is told to stop."""
@@ -284,4 +219,4 @@ class RequestStream:
         """As `aclose`, without waiting for anything."""
         if not self.is_finished:
             self._on_abandoned(self)
-        self._final_taken = True
+        self._was_closed = True

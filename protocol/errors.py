@@ -6,6 +6,7 @@
     + PromptTooLongError
     + DuplicateRequestError
     + MessageTooLargeError
+  - QueueOverflowError                 too much is waiting: try again after `retry_after_s`
   - RequestFailedError                 this request ended early; the engine and the others go on
   - TokenizerError                     the model folder holds no usable tokenizer
   - EngineError
@@ -51,6 +52,18 @@ class DuplicateRequestError(InvalidRequestError):
 
 class MessageTooLargeError(InvalidRequestError):
     """One message would be larger than the engine core accepts."""
+
+
+class QueueOverflowError(FootplateError):
+    """The request would have to wait behind more than the engine lets wait; it was not queued.
+
+    Attributes:
+        retry_after_s: when there should be room, at the rate at which requests started lately.
+    """
+
+    def __init__(self, why: str, retry_after_s: float) -> None:
+        super().__init__(f"{why}: try again in about {retry_after_s:.3g} s")
+        self.retry_after_s = retry_after_s
 
 
 class RequestFailedError(FootplateError):

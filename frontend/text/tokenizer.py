@@ -207,6 +207,10 @@ class Tokenizer:
         detokenizer = PieceDetokenizer(self._pieces[skip_special_tokens])
         return detokenizer.feed(token_ids) + detokenizer.finish()
 
+    def text_of_token(self, token_id: int) -> str:
+        """The text of one token by itself, special ones too; U+FFFD for part of a character."""
+        return self.decode((token_id,), skip_special_tokens=False)
+
     def detokenizer(
         self,
         prompt_token_ids: Sequence[int] = (),

@@ -613,7 +613,7 @@ async def test_lower_priorities_run_first() -> None:
         finished = [(await task).metrics.last_token for task in (soon, late)]
         assert finished == sorted(finished, key=lambda moment: moment or 0)
         for illegal in (2**31, -(2**31) - 1):
-            with pytest.raises(InvalidRequestError, match="32 bits"):
+            with pytest.raises(InvalidRequestError, match="2147483647"):
                 await last_of(engine.generate(PROMPT, tokens(), priority=illegal))
 
 

@@ -30,6 +30,15 @@ from footplate.protocol.errors import InvalidParameterError
         ("max_num_seqs", [1, 512]),
         ("max_num_batched_tokens", [256, 10**6]),
         ("scheduling_policy", ["fcfs", "priority"]),
+        ("long_prefill_token_threshold", [0, 1, 2**31 - 1]),
+        ("max_num_queued_reqs", [None, 1]),
+        ("max_num_queued_tokens", [None, 1]),
+        ("max_logprobs", [-1, 0, 20, 2**31 - 1]),
+        ("logprobs_mode", ["raw_logprobs", "processed_logits"]),
+        ("stream_interval", [1, 100]),
+        ("logits_processors", [(), ["a.b:C"], ("a:B", "c:D")]),
+        ("reasoning_start_str", [None, "<think>"]),
+        ("reasoning_end_str", [None, "</think>"]),
         ("threads", [None, 1]),
         ("start_timeout_s", [0.1, 1, math.inf]),
         ("log_level", ["DEBUG", "ERROR"]),
@@ -60,6 +69,15 @@ POSITIVE = [0, -1, 1.5, True, "1", 2**63]
         ("max_num_seqs", [*POSITIVE, None]),
         ("max_num_batched_tokens", [*POSITIVE, None]),
         ("scheduling_policy", ["lifo", None]),
+        ("long_prefill_token_threshold", [-1, 2**31, 1.0, None, True]),
+        ("max_num_queued_reqs", POSITIVE),
+        ("max_num_queued_tokens", POSITIVE),
+        ("max_logprobs", [-2, 2**31, None, 1.5]),
+        ("logprobs_mode", ["raw", None, 0]),
+        ("stream_interval", [*POSITIVE, None]),
+        ("logits_processors", ["a:B", None, 5]),
+        ("reasoning_start_str", ["", 5]),
+        ("reasoning_end_str", ["", 5]),
         ("threads", POSITIVE),
         ("start_timeout_s", [0, -1, math.nan, "1", None, True]),
         ("log_level", ["debug", "TRACE", None]),
@@ -70,6 +88,11 @@ def test_values_out_of_bounds_are_refused_by_name(name: str, illegal: list[Any])
         with pytest.raises(InvalidParameterError, match=f"{name}=") as caught:
             EngineArgs(**{name: value})
         assert (caught.value.parameter, caught.value.value) == (name, value)
+
+
+def test_a_path_of_a_processor_is_a_text() -> None:
+    with pytest.raises(InvalidParameterError, match="logits_processors=5"):
+        EngineArgs(logits_processors=("a:B", 5))  # type: ignore[arg-type]
 
 
 def test_every_running_request_must_get_a_token_in_every_step() -> None:
@@ -105,6 +128,15 @@ MOVED: dict[str, tuple[Any, str]] = {
     "max_num_seqs": (5, "scheduler.max_num_seqs"),
     "max_num_batched_tokens": (600, "scheduler.max_num_batched_tokens"),
     "scheduling_policy": ("priority", "scheduler.policy"),
+    "long_prefill_token_threshold": (64, "scheduler.long_prefill_token_threshold"),
+    "max_num_queued_reqs": (7, "requests.max_num_queued_reqs"),
+    "max_num_queued_tokens": (8, "requests.max_num_queued_tokens"),
+    "max_logprobs": (-1, "requests.max_logprobs"),
+    "logprobs_mode": ("raw_logits", "requests.logprobs_mode"),
+    "stream_interval": (5, "requests.stream_interval"),
+    "logits_processors": (("a.b:C",), "requests.logits_processors"),
+    "reasoning_start_str": ("[THINK]", "requests.reasoning_start_str"),
+    "reasoning_end_str": ("[/THINK]", "requests.reasoning_end_str"),
     "log_level": ("ERROR", "log_level"),
 }
 OF_THE_CLIENT = {"start_timeout_s"}

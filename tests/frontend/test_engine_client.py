@@ -2,14 +2,29 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from footplate.frontend import RequestMetrics, SamplingParams
 from footplate.frontend.engine_client import EngineClient
+from footplate.frontend.output_text import OutputText
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.text import StopStrings
-from footplate.protocol.errors import DuplicateRequestError, EngineDeadError, RequestFailedError
-from footplate.protocol.messages import AbortRequests, Finished, FinishReason, Started, StepOutputs
+from footplate.protocol.errors import (
+    DuplicateRequestError,
+    EngineDeadError,
+    QueueOverflowError,
+    RequestFailedError,
+)
+from footplate.protocol.messages import (
+    AbortRequests,
+    ErrorKind,
+    Finished,
+    FinishReason,
+    LogprobRows,
+    Started,
+    StepOutputs,
+)
 
 
 class Letters:
@@ -22,16 +37,19 @@ class Letters:
         return ""
 
 
-def open_stream(client: EngineClient, request_id: str, stop: tuple[str, ...] = ()) -> RequestStream:
+def open_stream(
+    client: EngineClient, request_id: str, stop: tuple[str, ...] = (), **params: Any
+) -> RequestStream:
+    given = SamplingParams(stop=stop, **params)
     stream = RequestStream(
         request_id,
-        client.new_handle(),
-        SamplingParams(stop=stop),
+        client.new_handles(given.n),
+        given,
         0,
         RequestMetrics(0.0, 0.0),
         lambda stream: None,
     )
-    stream.begin(None, [1], Letters(), StopStrings(stop) if stop else None)
+    stream.begin(None, [1], lambda: OutputText(Letters(), StopStrings(stop) if stop else None))
     client.open(stream)
     return stream
 
@@ -211,3 +229,119 @@ async def test_a_failure_reaches_every_live_stream() -> None:
         with pytest.raises(EngineDeadError, match="killed"):
             await anext(stream)
     assert (await anext(done)).finished
+
+
+# ---- several completions of one request
+
+
+async def test_handles_of_one_request_are_consecutive_and_end_one_by_one() -> None:
+    client = EngineClient()
+    a, b = open_stream(client, "a", n=2), open_stream(client, "b")
+    assert [c.handle for c in a.completions] == [1, 2] and b.handle == 3
+    client.handle(outputs((2, 0, [5]), (1, 0, [6])), 1.0)
+    client.handle(outputs(finished=[Finished(2, FinishReason.STOP)]), 1.0)
+    assert client.num_live == 2
+    client.handle(outputs((1, 1, [7]), finished=[Finished(1, FinishReason.LENGTH)]), 1.0)
+    assert client.num_live == 1
+    last = [output async for output in a][-1]
+    assert [c.token_ids for c in last.outputs] == [[6, 7], [5]] and last.finished
+
+
+async def test_aborting_names_the_handles_that_are_still_live() -> None:
+    client = EngineClient()
+    open_stream(client, "a", n=3)
+    client.handle(outputs((2, 0, [5]), finished=[Finished(2, FinishReason.STOP)]), 1.0)
+    assert client.abort(["a"]) == AbortRequests([1, 3])
+    assert client.num_live == 0
+
+
+async def test_a_completion_that_fails_takes_its_siblings_along_and_nobody_else() -> None:
+    client = EngineClient()
+    a, b = open_stream(client, "a", n=3), open_stream(client, "b")
+    failed = Finished(2, FinishReason.ERROR, "NaN logits", ErrorKind.LOGITS)
+    assert client.handle(outputs((1, 0, [5]), finished=[failed]), 1.0) == [1, 3]
+    output = await anext(a)
+    assert [c.finish_reason for c in output.outputs] == ["abort", "error", "abort"]
+    with pytest.raises(RequestFailedError, match="'a': NaN logits"):
+        await anext(a)
+    assert client.num_live == 1 and not b.is_finished
+
+
+async def test_a_gap_in_one_completion_ends_the_request() -> None:
+    client = EngineClient()
+    a = open_stream(client, "a", n=2)
+    assert client.handle(outputs((2, 1, [5])), 1.0) == [1, 2]
+    with pytest.raises(RequestFailedError, match="token 0 is missing"):
+        await anext(a)
+
+
+async def test_missing_logprobs_end_the_request() -> None:
+    client = EngineClient()
+    a = open_stream(client, "a", logprobs=0)
+    row = LogprobRows(1, 0, [1], bytes(4), bytes(4))
+    client.handle(outputs((1, 0, [5]), logprobs=[row]), 1.0)
+    late = msgspec.structs.replace(row, position=2)
+    assert client.handle(outputs((1, 1, [5]), logprobs=[late]), 1.0) == [1]
+    assert (await anext(a)).outputs[0].token_ids == [5]
+    with pytest.raises(RequestFailedError, match="token 1 is missing, 2 came"):
+        await anext(a)
+
+
+@pytest.mark.parametrize("ids, logprobs", [(bytes(8), bytes(4)), (bytes(4), bytes(4))])
+async def test_rows_that_are_no_rows_are_an_error(ids: bytes, logprobs: bytes) -> None:
+    client = EngineClient()
+    open_stream(client, "a", logprobs=0)
+    with pytest.raises(ValueError, match="whole rows"):
+        client.handle(outputs(logprobs=[LogprobRows(1, 0, [1, 1], ids, logprobs)]), 1.0)
+
+
+# ---- who waits
+
+
+def enqueue(client: EngineClient, request_id: str, **params: Any) -> RequestStream:
+    stream = open_stream(client, request_id, **params)
+    client.enqueue(stream)
+    return stream
+
+
+def waiting(client: EngineClient) -> tuple[int, int]:
+    return client.waiting.num_reqs, client.waiting.num_tokens
+
+
+async def test_a_request_waits_until_it_starts_and_its_prompt_is_counted_once() -> None:
+    client = EngineClient()
+    enqueue(client, "a", n=3)
+    assert waiting(client) == (3, 1)
+    started = Started(2, 0, 0.0, 0.0)
+    client.handle(outputs((2, 0, [5]), started=[started]), 1.0)
+    assert waiting(client) == (2, 0)
+    client.handle(outputs(started=[started]), 1.0)
+    assert waiting(client) == (2, 0), "it has started already"
+
+
+@pytest.mark.parametrize("end", ["finish", "abort", "fail", "error"])
+async def test_whoever_ends_waits_no_longer(end: str) -> None:
+    client = EngineClient()
+    enqueue(client, "a", n=2)
+    match end:
+        case "finish":
+            ends = [Finished(handle, FinishReason.DEADLINE) for handle in (1, 2)]
+            client.handle(outputs(finished=ends), 1.0)
+        case "error":
+            client.handle(outputs(finished=[Finished(1, FinishReason.ERROR, "why")]), 1.0)
+        case "abort":
+            client.abort(["a"])
+        case "fail":
+            client.fail_all(EngineDeadError("killed"))
+    assert waiting(client) == (0, 0)
+
+
+async def test_a_core_that_is_full_says_so_with_a_time_to_come_back() -> None:
+    client = EngineClient()
+    stream = enqueue(client, "a")
+    full = Finished(1, FinishReason.ERROR, "9 requests wait", ErrorKind.OVERFLOW)
+    client.handle(outputs(finished=[full]), 1.0)
+    assert (await anext(stream)).finished
+    with pytest.raises(QueueOverflowError, match="9 requests wait") as caught:
+        await anext(stream)
+    assert caught.value.retry_after_s > 0

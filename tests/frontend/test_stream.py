@@ -1,17 +1,29 @@
 """One stream, pushed by hand: what its consumer sees, and when."""
 
 import asyncio
+import contextlib
 import random
+from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 
-from footplate.frontend import CompletionOutput, RequestMetrics, RequestOutputKind, SamplingParams
+from footplate.frontend import (
+    CompletionOutput,
+    FlatLogprobs,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
+from footplate.frontend.output_text import OutputText
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.text import StopStrings
 from footplate.protocol.errors import EngineDeadError, RequestFailedError
-from footplate.protocol.messages import Finished, FinishReason, Started
+from footplate.protocol.messages import Finished, FinishReason, LogprobRows, Started
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
@@ -30,6 +42,11 @@ def ids(text: str) -> list[int]:
     return [ord(char) for char in text]
 
 
+def _make_text(stops: tuple[str, ...], params: SamplingParams) -> OutputText:
+    found = StopStrings(stops, params.include_stop_str_in_output) if stops else None
+    return OutputText(Characters(), found, params.min_tokens)
+
+
 class Consumer:
     """A stream, what its owner was told, and a shorthand for pushing and taking."""
 
@@ -40,18 +57,14 @@ class Consumer:
         self.stream = RequestStream(
             "r1", 7, given, 5, RequestMetrics(1.0, 2.0), self.abandoned.append
         )
-        self.stream.begin(
-            "prompt",
-            [1, 2],
-            Characters() if given.detokenize else None,
-            StopStrings(stops, given.include_stop_str_in_output) if stops else None,
-        )
+        make_text = partial(_make_text, stops, given) if given.detokenize else None
+        self.stream.begin("prompt", [1, 2], make_text)
 
-    def push(self, text: str, now: float = 3.0) -> bool:
-        return self.stream.push(ids(text), now)
+    def push(self, text: str, now: float = 3.0, *, index: int = 0) -> bool:
+        return self.stream.completions[index].push(ids(text), now)
 
-    def finish(self, reason: FinishReason = FinishReason.LENGTH, message: str = "") -> None:
-        self.stream.finish(Finished(7, reason, message))
+    def finish(self, reason: FinishReason = FinishReason.LENGTH, *, index: int = 0) -> None:
+        self.stream.completions[index].finish(Finished(7 + index, reason))
 
     async def take(self) -> CompletionOutput:
         """What is there by now; it is an error to wait for anything."""
@@ -237,7 +250,8 @@ async def test_a_final_only_stream_that_fails_shows_no_half_of_its_output() -> N
 async def test_a_request_that_the_core_could_not_finish_raises_and_names_itself() -> None:
     consumer = Consumer()
     consumer.push("ab")
-    consumer.finish(FinishReason.ERROR, "NaN logits")
+    consumer.finish(FinishReason.ERROR)
+    consumer.stream.abort(RequestFailedError("request 'r1': NaN logits"))
     last = await consumer.take()
     assert (last.token_ids, last.finish_reason) == (ids("ab"), "error")
     with pytest.raises(RequestFailedError, match="'r1': NaN logits"):
@@ -346,3 +360,222 @@ async def test_an_aborted_stream_releases_the_text_it_held_back() -> None:
     consumer.stream.abort()
     (only,) = await consumer.rest()
     assert (only.text, only.finish_reason) == ("abE~", "abort")
+
+
+# ---- several completions
+
+
+async def outputs_now(stream: RequestStream) -> RequestOutput:
+    """What is there by now; it is an error to wait for anything."""
+    async with asyncio.timeout(0):
+        return await anext(stream)
+
+
+async def test_an_output_holds_the_completions_that_have_news() -> None:
+    consumer = Consumer(n=3, output_kind=DELTA)
+    assert [c.handle for c in consumer.stream.completions] == [7, 8, 9]
+    consumer.push("ab", index=2)
+    consumer.push("c", index=0)
+    first = await outputs_now(consumer.stream)
+    assert [(c.index, c.text) for c in first.outputs] == [(0, "c"), (2, "ab")]
+    consumer.push("d", index=1)
+    second = await outputs_now(consumer.stream)
+    assert [(c.index, c.text) for c in second.outputs] == [(1, "d")]
+    assert not second.finished
+
+
+async def test_a_request_is_finished_when_its_last_completion_is() -> None:
+    consumer = Consumer(n=2)
+    consumer.push("a", index=0)
+    consumer.push("b", index=1)
+    consumer.finish(index=1)
+    first = await outputs_now(consumer.stream)
+    assert [(c.index, c.finish_reason) for c in first.outputs] == [(0, None), (1, "length")]
+    assert not first.finished and not consumer.stream.is_finished
+    consumer.finish(FinishReason.STOP, index=0)
+    last = await outputs_now(consumer.stream)
+    assert [(c.index, c.finish_reason) for c in last.outputs] == [(0, "stop")]
+    assert last.finished and consumer.stream.is_finished
+    assert [output async for output in consumer.stream] == []
+
+
+async def test_a_final_output_holds_all_completions_in_order() -> None:
+    consumer = Consumer(n=3, output_kind=FINAL_ONLY)
+    waiting = asyncio.create_task(anext(consumer.stream))
+    for index in (2, 0, 1):
+        assert not waiting.done()
+        consumer.push("abc"[index], index=index)
+        consumer.finish(index=index)
+        await asyncio.sleep(0)
+    only = await waiting
+    assert [(c.index, c.text) for c in only.outputs] == [(0, "a~"), (1, "b~"), (2, "c~")]
+    assert only.finished
+    assert [output async for output in consumer.stream] == []
+
+
+async def test_each_completion_looks_for_stop_strings_by_itself() -> None:
+    consumer = Consumer(n=2, stop=["xy"])
+    assert not consumer.push("ax", index=0)
+    assert not consumer.push("y", index=1), "its x is not the other's"
+    assert consumer.push("y", index=0)
+    output = await outputs_now(consumer.stream)
+    assert [(c.text, c.stop_reason) for c in output.outputs] == [("a", "xy"), ("y", None)]
+
+
+async def test_aborting_ends_all_completions() -> None:
+    consumer = Consumer(n=2)
+    consumer.push("a", index=1)
+    consumer.finish(index=1)
+    consumer.stream.abort()
+    output = await outputs_now(consumer.stream)
+    assert [c.finish_reason for c in output.outputs] == ["abort", "length"]
+    assert output.finished
+
+
+# ---- intervals
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.CUMULATIVE, DELTA])
+async def test_outputs_come_at_the_first_token_then_every_interval_then_at_the_end(
+    kind: RequestOutputKind,
+) -> None:
+    consumer = Consumer(output_kind=kind, stream_interval=3)
+    lengths = []
+    for number in range(1, 9):
+        consumer.push("a")
+        with contextlib.suppress(TimeoutError):
+            await consumer.take()
+            lengths.append(number)
+    assert lengths == [1, 4, 7]
+    consumer.finish()
+    last = await consumer.take()
+    assert last.finished and len(last.token_ids) == (1 if kind is DELTA else 8)
+
+
+async def test_the_engines_interval_is_that_of_requests_that_name_none() -> None:
+    def is_due_after_two(own: int | None, engines: int) -> bool:
+        params = SamplingParams(stream_interval=own, detokenize=False)
+        metrics = RequestMetrics(1.0, 2.0)
+        stream = RequestStream("r", 7, params, 5, metrics, lambda stream: None, engines)
+        [completion] = stream.completions
+        completion.push([1], 3.0)
+        completion.take()
+        completion.push([2], 3.0)
+        return completion.is_due
+
+    assert [is_due_after_two(*each) for each in ((None, 1), (None, 2), (1, 2), (2, 1))] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+async def test_what_arrived_before_an_error_comes_whatever_the_interval() -> None:
+    consumer = Consumer(stream_interval=10)
+    consumer.push("a")
+    await consumer.take()
+    consumer.push("b")
+    consumer.stream.fail(EngineDeadError("killed"))
+    assert (await consumer.take()).text == "ab"
+    with pytest.raises(EngineDeadError):
+        await consumer.take()
+
+
+# ---- logprobs
+
+
+def rows(position: int, *scores: list[tuple[str, float]], rank: int = 1) -> LogprobRows:
+    """Rows of (token, score), the token itself first."""
+    entries = [entry for row in scores for entry in row]
+    return LogprobRows(
+        7,
+        position,
+        [rank] * len(scores),
+        array("i", [ord(token) for token, _ in entries]).tobytes(),
+        array("f", [score for _, score in entries]).tobytes(),
+    )
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.CUMULATIVE, DELTA])
+async def test_logprobs_go_with_the_tokens_they_belong_to(kind: RequestOutputKind) -> None:
+    consumer = Consumer(logprobs=1, output_kind=kind)
+    [completion] = consumer.stream.completions
+    assert completion.push_logprobs(rows(0, [("a", -1.5), ("b", -0.5)], rank=3))
+    consumer.push("a")
+    first = await consumer.take()
+    a = {ord("a"): Logprob(-1.5, 3, None), ord("b"): Logprob(-0.5, 1, None)}
+    assert (first.logprobs, first.cumulative_logprob) == ([a], -1.5)
+    assert completion.push_logprobs(rows(1, [("c", -0.25), ("c", -0.25)]))
+    consumer.push("c")
+    second = await consumer.take()
+    c = {ord("c"): Logprob(-0.25, 1, None)}
+    assert second.logprobs == ([c] if kind is DELTA else [a, c])
+    assert second.cumulative_logprob == -1.75
+
+
+async def test_logprobs_end_with_the_token_that_completed_a_stop_string() -> None:
+    consumer = Consumer(logprobs=0, stop=["b"])
+    [completion] = consumer.stream.completions
+    completion.push_logprobs(rows(0, [("a", -1.0)], [("b", -2.0)], [("c", -4.0)]))
+    assert consumer.push("abc")
+    output = await consumer.take()
+    assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids) == 2
+    assert output.cumulative_logprob == -3.0
+
+
+async def test_rows_that_came_before_are_dropped_and_a_gap_is_noticed() -> None:
+    consumer = Consumer(logprobs=0)
+    [completion] = consumer.stream.completions
+    assert completion.push_logprobs(rows(0, [("a", -1.0)], [("b", -2.0)]))
+    assert completion.push_logprobs(rows(1, [("b", -2.0)], [("c", -4.0)]))
+    assert not completion.push_logprobs(rows(4, [("e", -1.0)]))
+    consumer.push("abc")
+    assert (await consumer.take()).cumulative_logprob == -7.0
+
+
+async def test_scores_by_id_have_no_rank_and_text_is_given_where_there_is_a_tokenizer() -> None:
+    consumer = Consumer(logprobs=1, logprob_token_ids=ids("z"))
+    consumer.stream.begin("prompt", [1, 2], None, decode=lambda token_id: f"<{chr(token_id)}>")
+    [completion] = consumer.stream.completions
+    completion.push_logprobs(rows(0, [("a", -1.0), ("b", -0.5), ("z", -9.0)], rank=2))
+    consumer.push("a")
+    [entries] = (await consumer.take()).logprobs or []
+    assert entries == {
+        ord("a"): Logprob(-1.0, 2, "<a>"),
+        ord("b"): Logprob(-0.5, 1, "<b>"),
+        ord("z"): Logprob(-9.0, None, "<z>"),
+    }
+
+
+async def test_flat_logprobs_read_like_the_others() -> None:
+    outputs = []
+    for flat in (False, True):
+        consumer = Consumer(logprobs=1, flat_logprobs=flat)
+        [completion] = consumer.stream.completions
+        completion.push_logprobs(rows(0, [("a", -1.5), ("b", -0.5)], [("b", -0.5), ("a", -1.0)]))
+        consumer.push("ab")
+        outputs.append((await consumer.take()).logprobs)
+    plain, flattened = outputs
+    assert isinstance(flattened, FlatLogprobs) and flattened is not plain
+    assert list(flattened) == plain and flattened[1:] is not None
+    assert list(flattened[1:]) == plain[1:] and flattened[-1] == plain[-1]
+    assert flattened.token_ids == ids("abba") and flattened.logprobs == [-1.5, -0.5, -0.5, -1.0]
+    assert (flattened.start_indices, flattened.end_indices) == ([0, 2], [2, 4])
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+async def test_prompt_logprobs_come_with_the_first_output_and_stay_unless_deltas_are_wanted(
+    kind: RequestOutputKind,
+) -> None:
+    consumer = Consumer(prompt_logprobs=0, output_kind=kind)
+    assert consumer.stream.push_prompt_logprobs(rows(1, [("b", -2.0)]))
+    assert not consumer.stream.push_prompt_logprobs(rows(3, [("d", -2.0)]))
+    consumer.push("x")
+    taken = []
+    if kind is not FINAL_ONLY:
+        taken.append((await outputs_now(consumer.stream)).prompt_logprobs)
+    consumer.finish()
+    taken.append((await outputs_now(consumer.stream)).prompt_logprobs)
+    scored = [None, {ord("b"): Logprob(-2.0, 1, None)}]
+    assert taken == {DELTA: [scored, None], FINAL_ONLY: [scored]}.get(kind, [scored, scored])

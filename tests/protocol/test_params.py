@@ -5,16 +5,27 @@ from typing import Any
 
 import pytest
 
-from footplate.frontend.token_params import resolve_params
-from footplate.protocol.bounds import MAX_SEED
+from footplate.protocol.bounds import MAX_N, MAX_REPETITION_PATTERN, MAX_SEED
 from footplate.protocol.errors import InvalidParameterError
-from footplate.protocol.params import SamplingParams
+from footplate.protocol.params import RepetitionDetectionParams, SamplingParams
+from footplate.protocol.structured import StructuredOutputsParams
 
 
 def test_defaults_are_those_of_the_field() -> None:
     params = SamplingParams()
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
     assert (params.max_tokens, params.min_tokens, params.seed) == (16, 0, None)
+
+
+FLAGS = (
+    "ignore_eos",
+    "flat_logprobs",
+    "skip_reading_prefix_cache",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "detokenize",
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +38,27 @@ def test_defaults_are_those_of_the_field() -> None:
         ("seed", [None, 0, MAX_SEED]),
         ("max_tokens", [None, 1, 2**31 - 1]),
         ("min_tokens", [0, 16]),
+        ("n", [1, MAX_N]),
+        ("presence_penalty", [-2, 0.5, 2.0]),
+        ("frequency_penalty", [-2.0, 2]),
+        ("repetition_penalty", [1e-9, 1, 50.0]),
+        ("bad_words", [None, [], ["x"] * 128, ("x" * 1024,)]),
+        ("logit_bias", [None, {}, {0: -100, 5: 1e30}, dict.fromkeys(range(4096), 1.0)]),
+        ("allowed_token_ids", [None, [0], tuple(range(262_144))]),
+        ("logprobs", [None, -1, 0, 20, 2**31 - 1]),
+        ("prompt_logprobs", [None, -1, 0, 20]),
+        ("logprob_token_ids", [None, [], list(range(1024))]),
+        ("prompt_logprob_token_ids", [None, (5,)]),
+        ("prompt_logprob_start", [0, 2**31 - 1]),
+        ("logprobs_mode", [None, "raw_logits", "processed_logprobs"]),
+        ("thinking_token_budget", [None, 0, 2**31 - 1]),
+        ("stream_interval", [None, 1, 100]),
+        ("trace_decode_token_ids", [None, [0], (5, 5)]),
+        (
+            "logits_processors",
+            [None, {}, {"P": {"a": [1, {"b": None}]}}, {"P": {"x": "y" * 65000}}],
+        ),
+        *((flag, [True, False]) for flag in FLAGS),
         ("stop", [None, "x", ["a", "b"], (), ["x"] * 64, "x" * 1024]),
         ("stop_token_ids", [None, [], [0, 5], (7,), list(range(1024))]),
     ],
@@ -49,6 +81,30 @@ def test_values_within_bounds_are_taken(name: str, legal: list[Any]) -> None:
         ("stop", ["", [""], ["x"] * 65, "x" * 1025, [1], 5]),
         ("stop_token_ids", [[-1], [True], [2**31], list(range(1025)), 5]),
         ("output_kind", [0, "delta"]),
+        ("n", [0, -1, MAX_N + 1, 10**9, 1.0, True, math.nan]),
+        ("presence_penalty", [-2.01, 2.01, math.nan, math.inf, "1", None]),
+        ("frequency_penalty", [-2.01, 2.01, math.nan, True]),
+        ("repetition_penalty", [0, -1, math.nan, math.inf]),
+        ("bad_words", ["x", [""], ["x"] * 129, ["x" * 1025], [5], 5]),
+        ("logit_bias", [[1], {-1: 0.0}, {"5": 1.0}, {1.5: 1.0}, {5: math.nan}, {5: math.inf}]),
+        ("logit_bias", [dict.fromkeys(range(4097), 1.0), {2**31: 1.0}, {5: True}]),
+        ("allowed_token_ids", [[], [-1], [2**31], [True], 5, list(range(262_145))]),
+        ("logprobs", [-2, 2**31, 1.0, True]),
+        ("prompt_logprobs", [-2, 2**31, "5"]),
+        ("logprob_token_ids", [[-1], 5, list(range(1025)), [2**31]]),
+        ("prompt_logprob_token_ids", [[-1], list(range(1025))]),
+        ("prompt_logprob_start", [-1, None, 2**31]),
+        ("logprobs_mode", ["raw", 0, "RAW_LOGITS"]),
+        ("thinking_token_budget", [-1, 2**31, 1.5, True]),
+        ("stream_interval", [0, -1, 2**31, True]),
+        ("trace_decode_token_ids", [[], [-1], 5, [True]]),
+        (
+            "logits_processors",
+            [[], {"P": 5}, {5: {}}, {"P": {"x": "y" * 66000}}, {"P": {"x": object()}}],
+        ),
+        ("structured_outputs", [{"json": {}}, "json", 5]),
+        ("repetition_detection", [{"max_pattern_size": 5}, 5]),
+        *((flag, [None, 0, 1, "yes"]) for flag in FLAGS),
     ],
 )
 def test_values_out_of_bounds_are_refused_by_name(name: str, illegal: list[Any]) -> None:
@@ -69,9 +125,58 @@ def test_an_invalid_parameter_is_a_value_error_that_names_parameter_and_value() 
     assert (caught.value.parameter, caught.value.value) == ("top_p", 2)
 
 
-@pytest.mark.parametrize(("ignore_eos", "stops"), [(False, {1, 2, 9}), (True, {1, 2})])
-def test_end_of_sequence_tokens_stop_unless_ignored(ignore_eos: bool, stops: set[int]) -> None:
-    params = SamplingParams(stop_token_ids=[1, 2], ignore_eos=ignore_eos, top_k=-1)
-    resolved = resolve_params(params, seed=5, max_tokens=3, eos_token_ids=(2, 9))
-    assert set(resolved.stop_token_ids) == stops
-    assert (resolved.seed, resolved.max_tokens, resolved.top_k) == (5, 3, 0)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2),
+        ("stop", ["x"]),
+        ("bad_words", ["x"]),
+        ("thinking_token_budget", 5),
+        ("structured_outputs", StructuredOutputsParams(regex="a")),
+        ("repetition_detection", RepetitionDetectionParams(max_pattern_size=2)),
+    ],
+)
+def test_a_trace_says_what_every_token_is_so_some_parameters_go_without_it(
+    name: str, value: Any
+) -> None:
+    SamplingParams(**{name: value})
+    with pytest.raises(InvalidParameterError, match=f"{name}=.*trace_decode_token_ids"):
+        SamplingParams(trace_decode_token_ids=[1], **{name: value})
+
+
+def test_what_is_too_large_is_refused_by_its_size_and_not_shown() -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        SamplingParams(allowed_token_ids=list(range(300_000)))
+    assert str(caught.value) == "allowed_token_ids='<300000 ids>': must be at most 262144 ids"
+
+
+@pytest.mark.parametrize(
+    "legal",
+    [
+        {"max_pattern_size": 1},
+        {"max_pattern_size": MAX_REPETITION_PATTERN, "min_pattern_size": MAX_REPETITION_PATTERN},
+        {"max_pattern_size": 5, "min_pattern_size": 2, "min_count": 2**31 - 1},
+    ],
+)
+def test_repetition_detection_within_bounds_is_taken(legal: dict[str, int]) -> None:
+    params = RepetitionDetectionParams(**legal)
+    assert {name: getattr(params, name) for name in legal} == legal
+
+
+@pytest.mark.parametrize(
+    ("illegal", "name"),
+    [
+        ({"max_pattern_size": 0}, "max_pattern_size"),
+        ({"max_pattern_size": MAX_REPETITION_PATTERN + 1}, "max_pattern_size"),
+        ({"max_pattern_size": math.nan}, "max_pattern_size"),
+        ({"max_pattern_size": 5, "min_pattern_size": 6}, "min_pattern_size"),
+        ({"max_pattern_size": 5, "min_pattern_size": 0}, "min_pattern_size"),
+        ({"max_pattern_size": 5, "min_count": 1}, "min_count"),
+        ({"max_pattern_size": 5, "min_count": 10**12}, "min_count"),
+    ],
+)
+def test_repetition_detection_out_of_bounds_is_refused_by_name(
+    illegal: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=f"repetition_detection.{name}="):
+        RepetitionDetectionParams(**illegal)

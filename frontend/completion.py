@@ -1,0 +1,191 @@
+"""One completion of a request: its tokens, its text, its logprobs, its end."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from footplate.frontend.logprobs import Logprobs, ScoredTokens
+from footplate.frontend.output_text import OutputText
+from footplate.frontend.outputs import CompletionOutput, RequestMetrics
+from footplate.protocol.messages import Finished, FinishReason, LogprobRows
+from footplate.protocol.params import RequestOutputKind, SamplingParams
+
+
+class Wakeup:
+    """What a stream and its completions share: who waits, and for how many ends. An object of its
+    own, so that streams and completions form no cycle, which only the collector could free."""
+
+    __slots__ = ("num_unfinished", "waiter")
+
+    def __init__(self, num_unfinished: int) -> None:
+        self.num_unfinished = num_unfinished
+        self.waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """Let the consumer look again."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class Completion:
+    """Owns all that the client knows of one handle. The engine client pushes; the stream it is
+    part of takes.
+
+    What has arrived and has not been taken is merged into the next output, so a slow consumer
+    costs no memory beyond its own tokens. Text is made when it is taken, or at arrival if a stop
+    string could end the completion there.
+    """
+
+    __slots__ = (
+        "_due_at",
+        "_finish_reason",
+        "_flat",
+        "_interval",
+        "_is_delta",
+        "_metrics",
+        "_num_taken",
+        "_own_stops",
+        "_seen_text",
+        "_stop_reason",
+        "_token_ids",
+        "_wakeup",
+        "final_taken",
+        "handle",
+        "index",
+        "is_waiting",
+        "request_id",
+        "scored",
+        "text",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        index: int,
+        handle: int,
+        params: SamplingParams,
+        metrics: RequestMetrics,
+        wakeup: Wakeup,
+        stream_interval: int,
+    ) -> None:
+        """Args:
+        index: which of the request's completions.
+        metrics: of the request, shared with its other completions.
+        """
+        self.request_id = request_id
+        self.index = index
+        self.handle = handle
+        self.text: OutputText | None = None  # set when the prompt has been encoded
+        self.scored: ScoredTokens | None = None  # likewise, if logprobs were asked for
+        self.is_waiting = False  # sent, and not started
+        self.final_taken = False
+        self._metrics = metrics
+        self._wakeup = wakeup
+        self._is_delta = params.output_kind is RequestOutputKind.DELTA
+        self._flat = params.flat_logprobs
+        self._own_stops = params.stop_token_ids or ()
+        self._interval = stream_interval
+        # How many tokens there must be for an output. The first has one of its own.
+        is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
+        self._due_at = sys.maxsize if is_final_only else 1
+        self._token_ids: list[int] = []
+        self._num_taken = 0
+        self._seen_text = ""
+        self._finish_reason: FinishReason | None = None
+        self._stop_reason: int | str | None = None
+
+    # ---- pushed
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens received; the next one has this position."""
+        return len(self._token_ids)
+
+    def push(self, token_ids: Sequence[int], now: float) -> bool:
+        """Take tokens that follow those received so far; True if a stop string ended it.
+
+        Tokens behind the one that completed a stop string are dropped.
+        """
+        metrics = self._metrics
+        if metrics.first_token is None:
+            metrics.first_token = now
+        metrics.last_token = now
+        self._token_ids += token_ids
+        text = self.text
+        if text is not None and text.looks_for_stops and text.reach_stop(self._token_ids):
+            del self._token_ids[text.num_tokens :]
+            self._stop_reason = text.stop
+            self.end(FinishReason.STOP)
+            return True
+        if len(self._token_ids) >= self._due_at:
+            self._wakeup.wake()
+        return False
+
+    def push_logprobs(self, rows: LogprobRows) -> bool:
+        """Take what belongs to tokens that are about to be pushed; False if some are missing."""
+        return self.scored is None or self.scored.add(rows)
+
+    def finish(self, finished: Finished) -> None:
+        """The core's last word on this handle."""
+        if self._finish_reason is None:
+            if finished.reason is FinishReason.STOP and self._token_ids[-1:]:
+                last = self._token_ids[-1]
+                self._stop_reason = last if last in self._own_stops else None
+            self.end(finished.reason)
+
+    def end(self, reason: FinishReason) -> None:
+        """End here, with what there is so far. Only the first end counts."""
+        if self._finish_reason is None:
+            self._finish_reason = reason
+            self._wakeup.num_unfinished -= 1
+            self._wakeup.wake()
+
+    # ---- taken
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will be pushed."""
+        return self._finish_reason is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for an output."""
+        if self._finish_reason is not None:
+            return not self.final_taken
+        return len(self._token_ids) >= self._due_at
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything that has not been taken."""
+        return len(self._token_ids) > self._num_taken
+
+    def take(self) -> CompletionOutput:
+        """The output that is due, or all that is there."""
+        is_over = self._finish_reason is not None
+        delta = ""
+        if self.text is not None:
+            delta = self.text.take(self._token_ids, is_over=is_over)
+        num_tokens = len(self._token_ids)
+        if self._is_delta:
+            start, token_ids, text = self._num_taken, self._token_ids[self._num_taken :], delta
+        else:
+            self._seen_text += delta
+            start, token_ids, text = 0, self._token_ids.copy(), self._seen_text
+        self._num_taken = num_tokens
+        if self._due_at != sys.maxsize:
+            self._due_at = num_tokens + self._interval
+        self.final_taken = is_over
+        logprobs: Logprobs | None = None
+        cumulative: float | None = None
+        if self.scored is not None:
+            logprobs = self.scored.read(start, num_tokens, flat=self._flat)
+            cumulative = self.scored.cumulative[num_tokens - 1] if num_tokens else 0.0
+        return CompletionOutput(
+            self.index,
+            text,
+            token_ids,
+            str(self._finish_reason) if self._finish_reason is not None else None,
+            self._stop_reason,
+            logprobs,
+            cumulative,
+        )

@@ -1,0 +1,126 @@
+"""From a prompt and its parameters to a message for the engine core."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from footplate.frontend.output_text import OutputText
+from footplate.frontend.prompts import ParsedPrompt, resolve_max_tokens, tokenize
+from footplate.frontend.request_schedule import RequestSchedule
+from footplate.frontend.session import Session
+from footplate.frontend.stream import RequestStream
+from footplate.frontend.text import StopStrings, Tokenizer, load_tokenizer
+from footplate.frontend.token_params import needs_tokenizer, resolve_params
+from footplate.protocol.messages import AddRequest
+from footplate.protocol.params import SamplingParams
+
+T = TypeVar("T")
+
+# Handing a text to a thread costs about as much as encoding this many characters.
+MAX_CHARS_ENCODED_INLINE = 256
+
+
+class RequestPreparation:
+    """Owns the tokenizer and the thread that work on text is done on: the event loop waits for
+    none of it.
+
+    Args:
+        session: what the engine said of itself; read with each request.
+        tokenizer_source: folder of the tokenizer; None takes the engine's.
+    """
+
+    def __init__(self, session: Session, tokenizer_source: str | None) -> None:
+        self._session = session
+        self._tokenizer_source = tokenizer_source
+        self._tokenizer: Tokenizer | None = None
+        self._tokenizer_loading: asyncio.Task[Tokenizer] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def close(self) -> None:
+        """Forget the tokenizer: the next start may find another model, on another event loop."""
+        self._tokenizer = None
+        self._tokenizer_loading = None
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+            self._thread = None
+
+    async def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the engine's model. Raises TokenizerError if there is none."""
+        if self._tokenizer is None:
+            if self._tokenizer_loading is None:
+                source = self._tokenizer_source or self._session.welcome.model.tokenizer
+                self._tokenizer_loading = asyncio.ensure_future(
+                    self._in_thread(load_tokenizer, source)
+                )
+            self._tokenizer = await asyncio.shield(self._tokenizer_loading)
+        return self._tokenizer
+
+    async def prepare(
+        self, stream: RequestStream, prompt: ParsedPrompt, schedule: RequestSchedule
+    ) -> AddRequest:
+        """Encode and check a request; the stream is told what has become of its prompt.
+
+        Raises:
+            InvalidRequestError: it cannot be served as it stands.
+            TokenizerError: it needs a tokenizer, and there is none.
+        """
+        params, welcome = stream.params, self._session.welcome
+        text, token_ids = await self._encode(prompt)
+        max_tokens = resolve_max_tokens(token_ids, params, welcome.model)
+        tokenizer = None
+        if params.detokenize or needs_tokenizer(params):
+            tokenizer = await self.tokenizer()
+        token_params = resolve_params(
+            params,
+            seed=stream.seed,
+            max_tokens=max_tokens,
+            model=welcome.model,
+            requests=welcome.requests,
+            tokenizer=tokenizer,
+        )
+        if tokenizer is not None and params.detokenize:
+            make_text = partial(_make_text, tokenizer, token_ids, params)
+            stream.begin(text, token_ids, make_text, tokenizer.text_of_token)
+        else:
+            stream.begin(text, token_ids, None)
+        return AddRequest(
+            stream.handle,
+            token_ids,
+            token_params,
+            schedule.priority,
+            prompt.cache_salt,
+            params.n,
+            age_s=time.monotonic() - stream.metrics.arrival,
+            ttft_deadline_s=schedule.ttft_deadline_s,
+            deadline_s=schedule.deadline_s,
+        )
+
+    async def _encode(self, prompt: ParsedPrompt) -> tuple[str | None, list[int]]:
+        if prompt.token_ids is not None:
+            return None, prompt.token_ids
+        tokenizer = await self.tokenizer()
+        if prompt.text is not None and len(prompt.text) <= MAX_CHARS_ENCODED_INLINE:
+            return tokenize(prompt, tokenizer)
+        return await self._in_thread(tokenize, prompt, tokenizer)
+
+    async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="footplate-text")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+
+def _make_text(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParams) -> OutputText:
+    """The text of one completion, which follows `token_ids`."""
+    stops = params.stop_strings
+    return OutputText(
+        tokenizer.detokenizer(
+            token_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        ),
+        StopStrings(stops, params.include_stop_str_in_output) if stops else None,
+        params.min_tokens,
+    )
