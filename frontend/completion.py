@@ -1,30 +1,17 @@
 """One completion of a request: its tokens, its text, its logprobs, its end."""
 
-import asyncio
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from footplate.frontend.logprobs import Logprobs, ScoredTokens
 from footplate.frontend.output_text import OutputText
-from footplate.frontend.outputs import CompletionOutput, RequestMetrics
+from footplate.frontend.outputs import CompletionOutput
 from footplate.protocol.messages import Finished, FinishReason, LogprobRows
 from footplate.protocol.params import RequestOutputKind, SamplingParams
 
-
-class Wakeup:
-    """What a stream and its completions share: who waits, and for how many ends. An object of its
-    own, so that streams and completions form no cycle, which only the collector could free."""
-
-    __slots__ = ("num_unfinished", "waiter")
-
-    def __init__(self, num_unfinished: int) -> None:
-        self.num_unfinished = num_unfinished
-        self.waiter: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        """Let the consumer look again."""
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+if TYPE_CHECKING:
+    from footplate.frontend.stream import RequestStream
 
 
 class Completion:
@@ -34,60 +21,41 @@ class Completion:
     What has arrived and has not been taken is merged into the next output, so a slow consumer
     costs no memory beyond its own tokens. Text is made when it is taken, or at arrival if a stop
     string could end the completion there.
+
+    It and its stream know each other, a cycle that only the collector could free: for as long as
+    it is live, therefore, and no longer. The engine client cuts the tie with `forget_stream`.
     """
 
     __slots__ = (
         "_due_at",
         "_finish_reason",
-        "_flat",
-        "_interval",
-        "_is_delta",
-        "_metrics",
         "_num_taken",
-        "_own_stops",
         "_seen_text",
         "_stop_reason",
         "_token_ids",
-        "_wakeup",
         "final_taken",
         "handle",
         "index",
         "is_waiting",
-        "request_id",
         "scored",
+        "stream",
         "text",
     )
 
-    def __init__(
-        self,
-        request_id: str,
-        index: int,
-        handle: int,
-        params: SamplingParams,
-        metrics: RequestMetrics,
-        wakeup: Wakeup,
-        stream_interval: int,
-    ) -> None:
+    def __init__(self, stream: "RequestStream", index: int, handle: int) -> None:
         """Args:
+        stream: the request that it is part of.
         index: which of the request's completions.
-        metrics: of the request, shared with its other completions.
         """
-        self.request_id = request_id
+        self.stream = stream
         self.index = index
         self.handle = handle
         self.text: OutputText | None = None  # set when the prompt has been encoded
         self.scored: ScoredTokens | None = None  # likewise, if logprobs were asked for
         self.is_waiting = False  # sent, and not started
         self.final_taken = False
-        self._metrics = metrics
-        self._wakeup = wakeup
-        self._is_delta = params.output_kind is RequestOutputKind.DELTA
-        self._flat = params.flat_logprobs
-        self._own_stops = params.stop_token_ids or ()
-        self._interval = stream_interval
         # How many tokens there must be for an output. The first has one of its own.
-        is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
-        self._due_at = sys.maxsize if is_final_only else 1
+        self._due_at = sys.maxsize if stream.is_final_only else 1
         self._token_ids: list[int] = []
         self._num_taken = 0
         self._seen_text = ""
@@ -106,7 +74,7 @@ class Completion:
 
         Tokens behind the one that completed a stop string are dropped.
         """
-        metrics = self._metrics
+        metrics = self.stream.metrics
         if metrics.first_token is None:
             metrics.first_token = now
         metrics.last_token = now
@@ -118,7 +86,7 @@ class Completion:
             self.end(FinishReason.STOP)
             return True
         if len(self._token_ids) >= self._due_at:
-            self._wakeup.wake()
+            self.stream.wake()
         return False
 
     def push_logprobs(self, rows: LogprobRows) -> bool:
@@ -129,16 +97,20 @@ class Completion:
         """The core's last word on this handle."""
         if self._finish_reason is None:
             if finished.reason is FinishReason.STOP and self._token_ids[-1:]:
-                last = self._token_ids[-1]
-                self._stop_reason = last if last in self._own_stops else None
+                last, own_stops = self._token_ids[-1], self.stream.params.stop_token_ids or ()
+                self._stop_reason = last if last in own_stops else None
             self.end(finished.reason)
 
     def end(self, reason: FinishReason) -> None:
         """End here, with what there is so far. Only the first end counts."""
         if self._finish_reason is None:
             self._finish_reason = reason
-            self._wakeup.num_unfinished -= 1
-            self._wakeup.wake()
+            self.stream.num_unfinished -= 1
+            self.stream.wake()
+
+    def forget_stream(self) -> None:
+        """Nothing more will be pushed."""
+        del self.stream
 
     # ---- taken
 
@@ -159,26 +131,26 @@ class Completion:
         """Whether there is anything that has not been taken."""
         return len(self._token_ids) > self._num_taken
 
-    def take(self) -> CompletionOutput:
-        """The output that is due, or all that is there."""
+    def take(self, params: SamplingParams, interval: int) -> CompletionOutput:
+        """The output that is due, or all that is there; the next is due `interval` tokens on."""
         is_over = self._finish_reason is not None
         delta = ""
         if self.text is not None:
             delta = self.text.take(self._token_ids, is_over=is_over)
         num_tokens = len(self._token_ids)
-        if self._is_delta:
+        if params.output_kind is RequestOutputKind.DELTA:
             start, token_ids, text = self._num_taken, self._token_ids[self._num_taken :], delta
         else:
             self._seen_text += delta
             start, token_ids, text = 0, self._token_ids.copy(), self._seen_text
         self._num_taken = num_tokens
         if self._due_at != sys.maxsize:
-            self._due_at = num_tokens + self._interval
+            self._due_at = num_tokens + interval
         self.final_taken = is_over
         logprobs: Logprobs | None = None
         cumulative: float | None = None
         if self.scored is not None:
-            logprobs = self.scored.read(start, num_tokens, flat=self._flat)
+            logprobs = self.scored.read(start, num_tokens, flat=params.flat_logprobs)
             cumulative = self.scored.cumulative[num_tokens - 1] if num_tokens else 0.0
         return CompletionOutput(
             self.index,

@@ -91,7 +91,7 @@ class EngineClient:
             self._start(started, now)
         for rows in outputs.prompt_logprobs:
             if (completion := by_handle.get(rows.handle)) is not None:
-                stream = self._by_request_id[completion.request_id]
+                stream = completion.stream
                 if not stream.push_prompt_logprobs(rows):
                     self._on_gap(completion, len(stream.prompt_scored or ()), rows.position, over)
         for rows in outputs.logprobs:
@@ -143,7 +143,7 @@ class EngineClient:
 
     def _on_no_text(self, completion: Completion, error: Exception, over: list[int]) -> None:
         # Whatever a tokenizer raises for one request must not cost the others their tokens.
-        request_id = completion.request_id
+        request_id = completion.stream.request_id
         logger.error("request %s: its text cannot be made", request_id, exc_info=error)
         why = RequestFailedError(f"request {request_id!r}: no text for it: {error!r}")
         self._fail(completion, why, over)
@@ -154,7 +154,7 @@ class EngineClient:
 
     def _on_gap(self, completion: Completion, expected: int, came: int, over: list[int]) -> None:
         # Tokens in between were lost. A stream with a hole is worse than one that ends.
-        request_id = completion.request_id
+        request_id = completion.stream.request_id
         why = RequestFailedError(
             f"request {request_id!r}: token {expected} is missing, {came} came"
         )
@@ -162,13 +162,13 @@ class EngineClient:
 
     def _fail(self, completion: Completion, error: FootplateError, over: list[int]) -> None:
         """End the whole request that a completion is part of."""
-        stream = self._by_request_id[completion.request_id]
+        stream = completion.stream
         stream.fail(error)
         over += self._forget(stream)
 
     def _start(self, started: Started, now: float) -> None:
         if completion := self._by_handle.get(started.handle):
-            stream = self._by_request_id[completion.request_id]
+            stream = completion.stream
             stream.start(started)
             if completion.is_waiting:
                 completion.is_waiting = False
@@ -181,7 +181,7 @@ class EngineClient:
         completion = self._by_handle.get(finished.handle)
         if completion is None:
             return
-        stream = self._by_request_id[completion.request_id]
+        stream = completion.stream
         completion.finish(finished)
         self._forget_completion(completion)
         if finished.reason is FinishReason.ERROR:
@@ -217,9 +217,10 @@ class EngineClient:
 
     def _close(self, completion: Completion, over: list[int]) -> None:
         over.append(completion.handle)
+        stream = completion.stream
         self._forget_completion(completion)
-        if self._by_request_id[completion.request_id].is_finished:
-            del self._by_request_id[completion.request_id]
+        if stream.is_finished:
+            del self._by_request_id[stream.request_id]
 
     def _forget(self, stream: RequestStream) -> list[int]:
         """Expect nothing more; the handles that were still live."""
@@ -234,6 +235,7 @@ class EngineClient:
         del self._by_handle[completion.handle]
         if completion.is_waiting:
             completion.is_waiting = False
-            stream = self._by_request_id[completion.request_id]
+            stream = completion.stream
             self.waiting.leave(1, stream.num_queued_tokens)
             stream.num_queued_tokens = 0
+        completion.forget_stream()

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from footplate.frontend.completion import Completion, Wakeup
+from footplate.frontend.completion import Completion
 from footplate.frontend.logprobs import Logprobs, ScoredTokens
 from footplate.frontend.output_text import OutputText
 from footplate.frontend.outputs import RequestMetrics, RequestOutput
@@ -21,21 +21,23 @@ class RequestStream:
 
     Attributes:
         completions: one for each of `n`; the handles are consecutive.
+        num_unfinished: completions that have not ended.
         num_queued_tokens: prompt tokens that wait for their first step, as far as is known.
     """
 
     __slots__ = (
         "_error",
-        "_is_delta",
-        "_is_final_only",
+        "_interval",
         "_on_abandoned",
         "_prompt_logprobs",
-        "_wakeup",
+        "_waiter",
         "_was_closed",
         "completions",
+        "is_final_only",
         "metrics",
         "num_cached_tokens",
         "num_queued_tokens",
+        "num_unfinished",
         "params",
         "prompt",
         "prompt_scored",
@@ -71,17 +73,14 @@ class RequestStream:
         self.num_queued_tokens = 0
         self.prompt_scored: ScoredTokens | None = None
         self._prompt_logprobs: Logprobs | None = None
-        self._is_delta = params.output_kind is RequestOutputKind.DELTA
-        self._is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
+        self.is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
+        self._interval = params.stream_interval or stream_interval
         self._on_abandoned = on_abandoned
         self._error: FootplateError | None = None
         self._was_closed = False
-        self._wakeup = wakeup = Wakeup(params.n)
-        interval = params.stream_interval or stream_interval
-        self.completions = [
-            Completion(request_id, index, handle + index, params, metrics, wakeup, interval)
-            for index in range(params.n)
-        ]
+        self._waiter: asyncio.Future[None] | None = None
+        self.num_unfinished = params.n
+        self.completions = [Completion(self, index, handle + index) for index in range(params.n)]
 
     def begin(
         self,
@@ -119,7 +118,7 @@ class RequestStream:
     @property
     def is_finished(self) -> bool:
         """Whether nothing more will be pushed."""
-        return not self._wakeup.num_unfinished or self._error is not None
+        return not self.num_unfinished or self._error is not None
 
     def start(self, started: Started) -> None:
         """The core's report on the way to the first token."""
@@ -146,7 +145,12 @@ class RequestStream:
         """End with an error. What has arrived before it is still handed out first."""
         if not self.is_finished:
             self._error = error
-            self._wakeup.wake()
+            self.wake()
+
+    def wake(self) -> None:
+        """Let the consumer look again, if one waits."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     # ---- taken by the consumer
 
@@ -159,27 +163,26 @@ class RequestStream:
         Raises:
             FootplateError: the request or the engine failed; what arrived before came first.
         """
-        wakeup = self._wakeup
         while True:
             if due := self._due():
                 return self._take(due)
             if self._error is not None and not self._was_closed:
                 raise self._error
-            if self._was_closed or all(c.final_taken for c in self.completions):
+            if self._was_closed or not self.num_unfinished:
                 raise StopAsyncIteration
-            if wakeup.waiter is not None:
+            if self._waiter is not None:
                 raise RuntimeError("two consumers wait for one stream: it has one output for one")
-            wakeup.waiter = asyncio.get_running_loop().create_future()
+            self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await wakeup.waiter
+                await self._waiter
             finally:
-                wakeup.waiter = None
+                self._waiter = None
 
     def _due(self) -> Sequence[Completion]:
         if self._was_closed:
             return ()
-        if self._is_final_only:
-            is_complete = not self._wakeup.num_unfinished and not self.completions[0].final_taken
+        if self.is_final_only:
+            is_complete = not self.num_unfinished and not self.completions[0].final_taken
             return self.completions if is_complete else ()
         due = [completion for completion in self.completions if completion.is_due]
         if not due and self._error is not None:
@@ -187,12 +190,13 @@ class RequestStream:
         return due
 
     def _take(self, due: Sequence[Completion]) -> RequestOutput:
+        params, interval = self.params, self._interval
         return RequestOutput(
             self.request_id,
             self.prompt,
             self.prompt_token_ids,
-            [completion.take() for completion in due],
-            not self._wakeup.num_unfinished and all(c.final_taken for c in self.completions),
+            [completion.take(params, interval) for completion in due],
+            not self.num_unfinished,  # who had ended and was not taken was due
             self.seed,
             self.metrics,
             self.num_cached_tokens,
@@ -207,7 +211,7 @@ class RequestStream:
             )
             self.prompt_scored = None
         taken = self._prompt_logprobs
-        if self._is_delta:
+        if self.params.output_kind is RequestOutputKind.DELTA:
             self._prompt_logprobs = None
         return taken
 

@@ -5,8 +5,10 @@ what it is told stands in `token_params`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from enum import Enum
+from itertools import compress
+from operator import is_not
 from typing import Any, Literal
 
 import msgspec
@@ -37,6 +39,7 @@ from footplate.protocol.errors import InvalidParameterError
 from footplate.protocol.structured import StructuredOutputsParams
 
 LogprobsModeName = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
+_Check = Callable[[str, object], None]
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 
 
@@ -171,122 +174,24 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     stream_interval: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_flags()
-        self._check_stops()
-        self._check_tokens()
-        self._check_logprobs()
-        self._check_groups()
-        if self.trace_decode_token_ids is not None:
-            self._check_trace()
-
-    def _check_numbers(self) -> None:
-        require_int("n", self.n, 1, MAX_N)
-        for name in ("presence_penalty", "frequency_penalty"):
-            require_number(name, getattr(self, name), -MAX_PENALTY, MAX_PENALTY)
-        require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
-        require_number("temperature", self.temperature, 0.0, math.inf)
-        require_number("top_p", self.top_p, 0.0, 1.0, above=True)
-        require_int("top_k", self.top_k, -1, MAX_INT)
-        require_number("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            require_int("seed", self.seed, 0, MAX_SEED)
-        if self.max_tokens is not None:
-            require_int("max_tokens", self.max_tokens, 1, MAX_INT)
-        require_int("min_tokens", self.min_tokens, 0, MAX_INT)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        # Only what differs from its default is looked at: one comparison in C per parameter.
+        changed = map(is_not, msgspec.structs.astuple(self), _DEFAULTS)
+        for name in compress(self.__struct_fields__, changed):
+            _CHECKS[name](name, getattr(self, name))
+        if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameterError(
                 "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})"
             )
-        if self.thinking_token_budget is not None:
-            require_int("thinking_token_budget", self.thinking_token_budget, 0, MAX_INT)
-        if self.stream_interval is not None:
-            require_int("stream_interval", self.stream_interval, 1, MAX_INT)
-
-    def _check_flags(self) -> None:
-        for name in _FLAGS:
-            require_bool(name, getattr(self, name))
-        if not isinstance(self.output_kind, RequestOutputKind):
-            raise InvalidParameterError("output_kind", self.output_kind, "a RequestOutputKind")
-
-    def _check_stops(self) -> None:
-        if not isinstance(self.stop, str | list | tuple | None):
-            raise InvalidParameterError("stop", self.stop, "a list, or None")
-        stops = self.stop_strings
-        require_few("stop", stops, MAX_STOP_STRINGS, "strings")
-        for stop in stops:
-            _require_text("stop", stop, MAX_STOP_STRING_CHARS)
-        if stops and not self.detokenize:
+        if self.stop_strings and not self.detokenize:
             raise InvalidParameterError("stop", self.stop, "empty when detokenize is False")
-        require_token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
-
-    def _check_tokens(self) -> None:
-        if self.bad_words is not None:
-            require_list("bad_words", self.bad_words, MAX_BAD_WORDS, "strings")
-            for word in self.bad_words:
-                _require_text("bad_words", word, MAX_BAD_WORD_CHARS)
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                raise InvalidParameterError("logit_bias", self.logit_bias, "a dictionary, or None")
-            require_few("logit_bias", self.logit_bias, MAX_LOGIT_BIAS_ENTRIES, "entries")
-            for token_id, bias in self.logit_bias.items():
-                require_int("logit_bias", token_id, 0, MAX_INT)
-                require_number("logit_bias", bias, -math.inf, math.inf)
-        require_token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise InvalidParameterError(
-                "allowed_token_ids", self.allowed_token_ids, "None, or at least one id"
-            )
-
-    def _check_logprobs(self) -> None:
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), -1, MAX_INT)
-        for name in ("logprob_token_ids", "prompt_logprob_token_ids"):
-            require_token_ids(name, getattr(self, name), MAX_LOGPROB_TOKEN_IDS)
-        require_int("prompt_logprob_start", self.prompt_logprob_start, 0, MAX_INT)
-        if self.logprobs_mode is not None and self.logprobs_mode not in LOGPROBS_MODES:
-            raise InvalidParameterError(
-                "logprobs_mode", self.logprobs_mode, f"one of {LOGPROBS_MODES}"
-            )
-
-    def _check_groups(self) -> None:
-        for name, kind in _GROUPS.items():
-            if not isinstance(getattr(self, name), kind | None):
-                raise InvalidParameterError(name, getattr(self, name), f"{kind.__name__}, or None")
-        if self.logits_processors is None:
-            return
-        if not isinstance(self.logits_processors, dict) or not all(
-            isinstance(name, str) and isinstance(arguments, dict)
-            for name, arguments in self.logits_processors.items()
-        ):
-            raise InvalidParameterError(
-                "logits_processors", self.logits_processors, "a dictionary of argument dictionaries"
-            )
-        try:
-            size = len(msgspec.json.encode(self.logits_processors))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidParameterError(
-                "logits_processors", self.logits_processors, f"of JSON's types: {error}"
-            ) from None
-        if size > MAX_PROCESSOR_ARGUMENT_BYTES:
-            raise InvalidParameterError(
-                "logits_processors",
-                f"<{size} bytes>",
-                f"at most {MAX_PROCESSOR_ARGUMENT_BYTES} bytes of JSON",
-            )
-
-    def _check_trace(self) -> None:
-        require_token_ids("trace_decode_token_ids", self.trace_decode_token_ids, MAX_INT)
-        if not self.trace_decode_token_ids:
-            raise InvalidParameterError(
-                "trace_decode_token_ids", self.trace_decode_token_ids, "None, or at least one id"
-            )
-        for name in _NOT_WITH_A_TRACE:
-            if getattr(self, name) not in (None, 1):
-                raise InvalidParameterError(
-                    name, getattr(self, name), "left alone where trace_decode_token_ids is given"
-                )
+        if self.trace_decode_token_ids is not None:
+            for name in _NOT_WITH_A_TRACE:
+                if getattr(self, name) not in (None, 1):
+                    raise InvalidParameterError(
+                        name,
+                        getattr(self, name),
+                        "left alone where trace_decode_token_ids is given",
+                    )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -294,19 +199,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-_FLAGS = (
-    "ignore_eos",
-    "flat_logprobs",
-    "skip_reading_prefix_cache",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "detokenize",
-)
-_GROUPS = {
-    "structured_outputs": StructuredOutputsParams,
-    "repetition_detection": RepetitionDetectionParams,
-}
 # A trace says what every token is, and where the output ends.
 _NOT_WITH_A_TRACE = (
     "n",
@@ -318,6 +210,132 @@ _NOT_WITH_A_TRACE = (
 )
 
 
+def _check_stop(name: str, stop: object) -> None:
+    if not isinstance(stop, str | list | tuple | None):
+        raise InvalidParameterError(name, stop, "a string, a list, or None")
+    strings = (stop,) if isinstance(stop, str) else stop or ()
+    require_few(name, strings, MAX_STOP_STRINGS, "strings")
+    for string in strings:
+        _require_text(name, string, MAX_STOP_STRING_CHARS)
+
+
+def _check_bad_words(name: str, words: object) -> None:
+    if words is None:
+        return
+    require_list(name, words, MAX_BAD_WORDS, "strings")
+    for word in words:  # type: ignore[attr-defined]
+        _require_text(name, word, MAX_BAD_WORD_CHARS)
+
+
+def _check_logit_bias(name: str, bias: object) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, dict):
+        raise InvalidParameterError(name, bias, "a dictionary, or None")
+    require_few(name, bias, MAX_LOGIT_BIAS_ENTRIES, "entries")
+    for token_id, value in bias.items():
+        require_int(name, token_id, 0, MAX_INT)
+        require_number(name, value, -math.inf, math.inf)
+
+
+def _check_logits_processors(name: str, processors: object) -> None:
+    if processors is None:
+        return
+    if not isinstance(processors, dict) or not all(
+        isinstance(key, str) and isinstance(arguments, dict)
+        for key, arguments in processors.items()
+    ):
+        raise InvalidParameterError(name, processors, "a dictionary of argument dictionaries")
+    try:
+        size = len(msgspec.json.encode(processors))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameterError(name, processors, f"of JSON's types: {error}") from None
+    if size > MAX_PROCESSOR_ARGUMENT_BYTES:
+        raise InvalidParameterError(
+            name, f"<{size} bytes>", f"at most {MAX_PROCESSOR_ARGUMENT_BYTES} bytes of JSON"
+        )
+
+
 def _require_text(name: str, value: object, most: int) -> None:
     if not isinstance(value, str) or not 1 <= len(value) <= most:
         raise InvalidParameterError(name, value, f"a string of 1 to {most} characters")
+
+
+def _an_int(low: int, high: int = MAX_INT, *, optional: bool = False) -> _Check:
+    def check(name: str, value: object) -> None:
+        if value is not None or not optional:
+            require_int(name, value, low, high)
+
+    return check
+
+
+def _a_number(low: float, high: float = math.inf, *, above: bool = False) -> _Check:
+    return lambda name, value: require_number(name, value, low, high, above=above)
+
+
+def _token_ids(most: int, *, at_least_one: bool = False) -> _Check:
+    def check(name: str, value: object) -> None:
+        require_token_ids(name, value, most)
+        if at_least_one and value is not None and not value:
+            raise InvalidParameterError(name, value, "None, or at least one id")
+
+    return check
+
+
+def _one_of(choices: tuple[object, ...]) -> _Check:
+    def check(name: str, value: object) -> None:
+        if value not in choices:
+            raise InvalidParameterError(name, value, f"one of {choices}")
+
+    return check
+
+
+def _instance(kind: type, *, optional: bool = True) -> _Check:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, kind) and not (optional and value is None):
+            wanted = f"{kind.__name__}, or None" if optional else f"a {kind.__name__}"
+            raise InvalidParameterError(name, value, wanted)
+
+    return check
+
+
+_CHECKS: dict[str, _Check] = {
+    "n": _an_int(1, MAX_N),
+    "presence_penalty": _a_number(-MAX_PENALTY, MAX_PENALTY),
+    "frequency_penalty": _a_number(-MAX_PENALTY, MAX_PENALTY),
+    "repetition_penalty": _a_number(0.0, above=True),
+    "temperature": _a_number(0.0),
+    "top_p": _a_number(0.0, 1.0, above=True),
+    "top_k": _an_int(-1),
+    "min_p": _a_number(0.0, 1.0),
+    "seed": _an_int(0, MAX_SEED, optional=True),
+    "max_tokens": _an_int(1, optional=True),
+    "min_tokens": _an_int(0),
+    "stop": _check_stop,
+    "stop_token_ids": _token_ids(MAX_STOP_TOKEN_IDS),
+    "bad_words": _check_bad_words,
+    "logit_bias": _check_logit_bias,
+    "allowed_token_ids": _token_ids(MAX_ALLOWED_TOKEN_IDS, at_least_one=True),
+    "ignore_eos": require_bool,
+    "logprobs": _an_int(-1, optional=True),
+    "prompt_logprobs": _an_int(-1, optional=True),
+    "logprob_token_ids": _token_ids(MAX_LOGPROB_TOKEN_IDS),
+    "prompt_logprob_token_ids": _token_ids(MAX_LOGPROB_TOKEN_IDS),
+    "prompt_logprob_start": _an_int(0),
+    "logprobs_mode": _one_of((None, *LOGPROBS_MODES)),
+    "flat_logprobs": require_bool,
+    "structured_outputs": _instance(StructuredOutputsParams),
+    "thinking_token_budget": _an_int(0, optional=True),
+    "repetition_detection": _instance(RepetitionDetectionParams),
+    "skip_reading_prefix_cache": require_bool,
+    "trace_decode_token_ids": _token_ids(MAX_INT, at_least_one=True),
+    "logits_processors": _check_logits_processors,
+    "include_stop_str_in_output": require_bool,
+    "skip_special_tokens": require_bool,
+    "spaces_between_special_tokens": require_bool,
+    "detokenize": require_bool,
+    "output_kind": _instance(RequestOutputKind, optional=False),
+    "stream_interval": _an_int(1, optional=True),
+}
+_DEFAULTS = tuple(field.default for field in msgspec.structs.fields(SamplingParams))
+assert tuple(_CHECKS) == SamplingParams.__struct_fields__

@@ -459,7 +459,7 @@ async def test_the_engines_interval_is_that_of_requests_that_name_none() -> None
         stream = RequestStream("r", 7, params, 5, metrics, lambda stream: None, engines)
         [completion] = stream.completions
         completion.push([1], 3.0)
-        completion.take()
+        completion.take(params, engines if own is None else own)
         completion.push([2], 3.0)
         return completion.is_due
 
