@@ -1,7 +1,6 @@
 """The client object: an LLM engine as an asyncio application sees it."""
 
 import random
-import uuid
 from collections.abc import AsyncGenerator, Iterable
 from types import TracebackType
 from typing import Self
@@ -241,7 +240,7 @@ class AsyncLLMEngine:
         requests = self._session.welcome.requests
         self._client.waiting.require_room(requests, params.n)
         stream = RequestStream(
-            uuid.uuid4().hex if request_id is None else request_id,
+            f"{self._random.getrandbits(128):032x}" if request_id is None else request_id,
             self._client.new_handles(params.n),
             params,
             self._random.getrandbits(63) if params.seed is None else params.seed,

@@ -66,9 +66,9 @@ def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
 
 
 def _as_token_ids(token_ids: object) -> list[int]:
-    # `type(i) is int`, not isinstance: a bool is no token id, and neither is a numpy scalar,
-    # which the wire could not carry.
-    if not isinstance(token_ids, Sequence) or not all(type(i) is int for i in token_ids):
+    # By type, not isinstance: a bool is no token id, and neither is a numpy scalar, which the
+    # wire could not carry. A set of types is made in C.
+    if not isinstance(token_ids, Sequence) or not {int}.issuperset(map(type, token_ids)):
         raise InvalidRequestError("prompt_token_ids must be a list of Python integers")
     return list(token_ids)
 

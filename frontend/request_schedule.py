@@ -2,7 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass
+
+import msgspec
 
 from footplate.frontend.outputs import RequestMetrics
 from footplate.protocol.bounds import require_int, require_number
@@ -10,8 +11,7 @@ from footplate.protocol.errors import InvalidRequestError
 from footplate.protocol.messages import Limits
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSchedule:
+class RequestSchedule(msgspec.Struct, frozen=True, gc=False):
     """See the arguments of `AsyncLLMEngine.generate`."""
 
     priority: int = 0
@@ -25,16 +25,18 @@ class RequestSchedule:
         Raises:
             InvalidRequestError: priorities without their policy, or a value out of its bounds.
         """
-        if self.priority and limits.policy != "priority":
-            raise InvalidRequestError(
-                f"priority={self.priority} needs an engine with scheduling_policy='priority'"
-            )
-        require_int("priority", self.priority, -(2**31), 2**31 - 1)
+        if self.priority:
+            if limits.policy != "priority":
+                raise InvalidRequestError(
+                    f"priority={self.priority} needs an engine with scheduling_policy='priority'"
+                )
+            require_int("priority", self.priority, -(2**31), 2**31 - 1)
         if self.arrival_time is not None:
             require_number("arrival_time", self.arrival_time, 0.0, math.inf)
-        for name in ("ttft_deadline_s", "deadline_s"):
-            if getattr(self, name) is not None:
-                require_number(name, getattr(self, name), 0.0, math.inf, above=True)
+        if self.ttft_deadline_s is not None:
+            require_number("ttft_deadline_s", self.ttft_deadline_s, 0.0, math.inf, above=True)
+        if self.deadline_s is not None:
+            require_number("deadline_s", self.deadline_s, 0.0, math.inf, above=True)
 
     def metrics(self) -> RequestMetrics:
         """The request's clock, started when it came; a time to come is now."""

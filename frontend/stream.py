@@ -184,6 +184,8 @@ class RequestStream:
         if self.is_final_only:
             is_complete = not self.num_unfinished and not self.completions[0].final_taken
             return self.completions if is_complete else ()
+        if len(self.completions) == 1 and self._error is None:  # nearly every stream
+            return self.completions if self.completions[0].is_due else ()
         due = [completion for completion in self.completions if completion.is_due]
         if not due and self._error is not None:
             due = [completion for completion in self.completions if completion.has_news]
