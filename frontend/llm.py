@@ -58,6 +58,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete every prompt; results stand in the order of the prompts.
@@ -66,30 +67,40 @@ class LLM:
             prompts: one prompt, or a list of them. A list of token ids, or of chat messages, is
                 one prompt.
             sampling_params: one for all, or one for each.
+            priority: likewise; lower runs earlier, under the priority policy.
 
         Raises:
             InvalidRequestError: a prompt was refused; the others are ended.
         """
         each = _as_prompt_list(prompts)
-        return self._run(self._generate_all(each, _params_for(each, sampling_params), use_tqdm))
+        params = [_final_only(p) for p in _for_each(each, sampling_params or SamplingParams())]
+        priorities = _for_each(each, priority)
+        return self._run(self._generate_all(each, params, priorities, use_tqdm))
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation or a list of them."""
-        return self.generate(messages, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(messages, sampling_params, priority=priority, use_tqdm=use_tqdm)
 
     async def _generate_all(
-        self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        priorities: list[int],
+        use_tqdm: bool,
     ) -> list[RequestOutput]:
         with tqdm(total=len(prompts), disable=not use_tqdm, unit="prompt", leave=True) as bar:
 
-            async def complete(prompt: Prompt, params: SamplingParams) -> RequestOutput:
-                async for output in self._engine.generate(prompt, params):
+            async def complete(
+                prompt: Prompt, params: SamplingParams, priority: int
+            ) -> RequestOutput:
+                async for output in self._engine.generate(prompt, params, priority=priority):
                     last = output
                 bar.update()
                 return last
@@ -97,8 +108,8 @@ class LLM:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [
-                        group.create_task(complete(prompt, param))
-                        for prompt, param in zip(prompts, params, strict=True)
+                        group.create_task(complete(*request))
+                        for request in zip(prompts, params, priorities, strict=True)
                     ]
             except BaseExceptionGroup as errors:
                 # The first to fail has cancelled the others; it is the one to fix.
@@ -195,19 +206,18 @@ def _is_prompt(item: object) -> bool:
     return not isinstance(item, int)
 
 
-def _params_for(
-    prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        # Only the last output is looked at.
-        return [_final_only(params or SamplingParams())] * len(prompts)
-    if len(params) != len(prompts):
+def _for_each(prompts: list[Prompt], given: T | Sequence[T]) -> list[T]:
+    """One value for every prompt, as a list."""
+    if not isinstance(given, Sequence):
+        return [given] * len(prompts)
+    if len(given) != len(prompts):
         raise InvalidRequestError(
-            f"{len(prompts)} prompts and {len(params)} sampling params: give one for all, or one "
-            "for each"
+            f"{len(prompts)} prompts and {len(given)} sampling params or priorities: give one for "
+            "all, or one for each"
         )
-    return [_final_only(p) for p in params]
+    return list(given)
 
 
 def _final_only(params: SamplingParams) -> SamplingParams:
+    # Only the last output is looked at.
     return msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)

@@ -221,3 +221,17 @@ def test_an_llm_may_be_collected_on_its_own_thread() -> None:
     thread.join(timeout=5)
     assert not thread.is_alive()
     assert threading.active_count() == threads
+
+
+def test_priorities_are_one_for_all_or_one_for_each() -> None:
+    with LLM(model="fake", scheduling_policy="priority", max_num_seqs=1) as llm:
+        params = SamplingParams(max_tokens=200, detokenize=False)
+        prompts = [{"prompt_token_ids": [20 + number]} for number in range(4)]
+        done = [
+            output.metrics.last_token
+            for output in llm.generate(prompts, params, priority=[0, 3, 2, 1], use_tqdm=False)
+        ]
+        assert done[3] < done[2] < done[1]  # type: ignore[operator]
+        llm.generate(prompts, params, priority=5, use_tqdm=False)
+        with pytest.raises(InvalidRequestError, match="4 prompts and 3"):
+            llm.generate(prompts, params, priority=[1, 2, 3], use_tqdm=False)
