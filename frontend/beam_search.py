@@ -45,12 +45,14 @@ class BeamOutput(NamedTuple):
         cumulative_logprob: sum of its tokens' log probabilities, in float32.
         score: what outputs are compared by; see `beam_score`.
         finish_reason: STOP or LENGTH.
+        has_eos: the last token is an end-of-sequence token, and ended it.
     """
 
     token_ids: list[int]
     cumulative_logprob: float
     score: float
     finish_reason: FinishReason
+    has_eos: bool
 
 
 class BeamSearch:
@@ -175,12 +177,13 @@ class BeamSearch:
 
     def _output(self, beam: "_Beam", token_id: int, logprob: float) -> BeamOutput:
         token_ids = beam.token_ids if token_id == _END else [*beam.token_ids, token_id]
-        is_stop = token_id == _END or token_id in self._eos_token_ids
+        has_eos = token_id in self._eos_token_ids
         return BeamOutput(
             token_ids,
             logprob,
             beam_score(logprob, len(token_ids), self._length_penalty),
-            FinishReason.STOP if is_stop else FinishReason.LENGTH,
+            FinishReason.STOP if has_eos or token_id == _END else FinishReason.LENGTH,
+            has_eos,
         )
 
     def _is_over(self) -> bool:

@@ -36,6 +36,8 @@ class CompletionOutput(msgspec.Struct, gc=False):
         finish_reason: None while the stream goes on.
         stop_reason: the stop string or stop token that ended it; None for the model's own
             end of sequence.
+        cumulative_logprob: sum of the log probabilities of all tokens so far; None if they were
+            not asked for.
     """
 
     index: int
@@ -43,6 +45,7 @@ class CompletionOutput(msgspec.Struct, gc=False):
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
 
     @property
     def finished(self) -> bool:
