@@ -42,7 +42,7 @@ async def run_beam_search(search: BeamSearch, scorer: BeamScorer) -> list[BeamOu
 class ScoreBeam(Protocol):
     """Sends one request and waits for it; cancelling the call aborts the request."""
 
-    async def __call__(self, prior_token_ids: list[int], params: TokenParams) -> NextTokens:
+    async def __call__(self, prior_token_ids: list[int], params: TokenParams, /) -> NextTokens:
         """What may follow the prompt and these tokens.
 
         Args:

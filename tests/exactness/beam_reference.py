@@ -78,25 +78,18 @@ def reference(
 
 
 class ModelScorer:
-    """Scores beams by forwards of a model; also what an engine would do with them."""
+    """Scores beams by forwards of a model."""
 
-    def __init__(self, model: Any, prompt: list[int], temperature: float = 0.0) -> None:
+    def __init__(self, model: Any, prompt: list[int]) -> None:
         self._model = model
         self._prompt = prompt
-        self._temperature = temperature or 1.0
-        self.num_steps = 0
 
-    async def score(self, beams: Sequence[list[int]], num_candidates: int) -> list[NextTokens]:
-        """As `BeamScorer`."""
-        return self.score_now(beams, num_candidates)
-
-    def score_now(self, beams: Sequence[list[int]], num_candidates: int) -> list[NextTokens]:
-        """`score`, for searches without an event loop."""
-        self.num_steps += 1
+    def score(self, beams: Sequence[list[int]], num_candidates: int) -> list[NextTokens]:
+        """As `BeamScorer`, at once."""
         with torch.inference_mode():
             ids = torch.tensor([self._prompt + beam for beam in beams])
-            logits = self._model(input_ids=ids).logits[:, -1].float() / self._temperature
-            best = logits.log_softmax(-1).topk(min(num_candidates, logits.shape[-1]))
+            logprobs = self._model(input_ids=ids).logits[:, -1].log_softmax(-1)
+            best = logprobs.topk(min(num_candidates, logprobs.shape[-1]))
         return [
             NextTokens(*row)
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -109,5 +102,5 @@ def find(
     """Our search, with the model's own scores."""
     search, scorer = BeamSearch.of(params, eos_token_ids), ModelScorer(model, prompt)
     while not search.is_finished:
-        search.advance(scorer.score_now(search.beams, search.num_candidates))
+        search.advance(scorer.score(search.beams, search.num_candidates))
     return search.outputs

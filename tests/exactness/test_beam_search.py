@@ -10,9 +10,13 @@ import torch
 from transformers.utils import logging
 
 from footplate.frontend.beam_params import BeamSearchParams
+from footplate.frontend.beam_request import RequestScorer, run_beam_search
+from footplate.frontend.beam_search import BeamSearch, NextTokens
+from footplate.protocol.messages import ModelFacts
+from footplate.protocol.token_params import TokenParams
 
 from .architectures import VOCAB_SIZE, make_model
-from .beam_reference import TableModel, find, reference
+from .beam_reference import ModelScorer, TableModel, find, reference
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +59,7 @@ def test_random_searches_give_transformers_tokens_order_and_scores_to_the_bit(
 def test_random_searches_are_of_all_kinds() -> None:
     """Otherwise the test above would show less than it says."""
     kinds = set()
-    for seed in range(400):
+    for seed in range(100):
         model, prompt, params, eos_token_ids = random_search(seed)
         outputs = find(model, prompt, params, eos_token_ids)
         lengths = {len(output.token_ids) for output in outputs}
@@ -94,3 +98,22 @@ def test_searches_on_real_architectures_are_those_of_transformers(
         assert [output.score for output in outputs] == pytest.approx(scores, rel=1e-5)
         num_ended += sum(output.has_eos for output in outputs)
     assert num_ended
+
+
+async def test_a_search_by_requests_is_that_of_transformers() -> None:
+    model = make_model("llama")
+    params = BeamSearchParams(beam_width=3, max_tokens=12)
+    prompt = [5, 6, 7]
+    scorer = ModelScorer(model, prompt)
+
+    async def score_beam(prior_token_ids: list[int], request: TokenParams) -> NextTokens:
+        assert request.max_tokens == len(prior_token_ids) + 1
+        assert request.logprobs is not None
+        assert request.logprobs.num_logprobs is not None
+        return scorer.score([prior_token_ids], request.logprobs.num_logprobs)[0]
+
+    facts = ModelFacts("m", "m", "llama", VOCAB_SIZE, 128, (1, 2), "float32", "cpu", "torch")
+    search = BeamSearch.of(params, facts.eos_token_ids)
+    outputs = await run_beam_search(search, RequestScorer(score_beam, params, facts))
+    expected = reference(model, prompt, params, facts.eos_token_ids)
+    assert [output.token_ids for output in outputs] == [ids for ids, _ in expected]
