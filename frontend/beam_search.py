@@ -141,7 +141,7 @@ class BeamSearch:
                     ending.append(self._output(self._beams[number], token_id, -loss))
             elif len(going_on) < self._beam_width:
                 going_on.append(_Beam([*self._beams[number].token_ids, token_id], -loss))
-            elif rank >= self._beam_width:
+            else:
                 break
         self._beams = going_on
         # Stable: of equal ones, those that were found first.

@@ -7,7 +7,7 @@ from math import exp, inf, log
 import pytest
 import torch
 
-from footplate.frontend.beam_params import BeamSearchParams
+from footplate.frontend.beam_params import BeamSearchParams, EarlyStopping
 from footplate.frontend.beam_search import BeamSearch, NextTokens, beam_score
 from footplate.protocol.messages import FinishReason
 
@@ -150,6 +150,28 @@ def test_never_goes_on_while_more_tokens_could_help() -> None:
     search = BeamSearch(2, 9, [EOS, EOT], 0.0, early_stopping="never")
     step(search, HOPE)
     assert search.is_finished  # without a penalty they could not
+
+
+@pytest.mark.parametrize("early_stopping", [False, "never"])
+def test_where_length_costs_hope_is_in_the_length_that_a_beam_has(
+    early_stopping: EarlyStopping,
+) -> None:
+    table = LATE | {(A, A): {EOS: 1.0}}
+    search = BeamSearch(2, 9, [EOS], -1.0, early_stopping)
+    assert found(search, table) == [[EOS], [A, A, EOS]]  # better than B EOS
+
+
+def test_an_equal_score_neither_goes_on_nor_comes_before_what_was_found_first() -> None:
+    table: Table = {
+        (): {B: 0.5, EOS: 0.25, EOT: 0.25},
+        (B,): {EOS: 0.5, B: 0.5},
+    }
+    search = BeamSearch(2, 9, [EOS], 0.0)
+    step(search, table)
+    assert search.beams == [[B], [EOT]]
+    search.advance([look_up(table[(B,)]), NextTokens()])
+    assert [output.token_ids for output in search.outputs] == [[EOS], [B, EOS]]
+    assert search.is_finished  # though B B is as likely
 
 
 def test_one_beam_ends_where_its_first_output_does() -> None:
