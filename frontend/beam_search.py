@@ -142,7 +142,7 @@ class BeamSearch:
             elif len(going_on) < self._beam_width:
                 going_on.append(_Beam([*self._beams[number].token_ids, token_id], -loss))
             else:
-                break
+                break  # the best `beam_width` have been looked at, too
         self._beams = going_on
         # Stable: of equal ones, those that were found first.
         best_first = sorted(self._outputs + ending, key=attrgetter("score"), reverse=True)
