@@ -4,6 +4,7 @@ Imports neither torch nor `footplate.backend`.
 """
 
 from footplate.frontend.async_llm_engine import AsyncLLMEngine
+from footplate.frontend.beam_params import BeamSearchParams
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.llm import LLM
 from footplate.frontend.logprobs import FlatLogprobs, Logprob
@@ -19,6 +20,7 @@ from footplate.protocol.structured import StructuredOutputsParams
 __all__ = [
     "LLM",
     "AsyncLLMEngine",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
     "FlatLogprobs",

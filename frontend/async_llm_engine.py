@@ -5,11 +5,15 @@ from collections.abc import AsyncGenerator, Iterable
 from types import TracebackType
 from typing import Self
 
+from footplate.frontend.beam_call import BeamCall
+from footplate.frontend.beam_params import BeamSearchParams
+from footplate.frontend.beam_request import RequestScorer, as_completions, run_beam_search
+from footplate.frontend.beam_search import BeamSearch
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineState
 from footplate.frontend.outputs import RequestOutput
-from footplate.frontend.prompts import Prompt, parse_prompt
+from footplate.frontend.prompts import Prompt, parse_prompt, resolve_max_tokens
 from footplate.frontend.request_preparation import RequestPreparation
 from footplate.frontend.request_schedule import RequestSchedule
 from footplate.frontend.session import ProgressCallback, Session
@@ -268,15 +272,62 @@ class AsyncLLMEngine:
             raise
         return stream
 
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield one output: the best continuations, best first, one completion for each.
+
+        It comes when the search is over. Leaving before, or cancelling the task, aborts what is
+        under way. For other arguments and errors see `generate`.
+
+        Args:
+            request_id: names the output; the requests of the beams have ids that begin with it.
+        """
+        await self._session.ensure_started()
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequestError(
+                f"beam search params must be BeamSearchParams, got {type(params).__name__}"
+            )
+        schedule = RequestSchedule(priority)
+        self._check_request(request_id, schedule)
+        request_id = request_id or f"{self._random.getrandbits(128):032x}"
+        metrics = schedule.metrics()
+        parsed = parse_prompt(prompt)
+        text, token_ids = await self._preparation.encode(parsed)
+        model = self._session.welcome.model
+        resolve_max_tokens(token_ids, SamplingParams(max_tokens=params.max_tokens), model)
+        tokenizer = await self._preparation.tokenizer() if params.detokenize else None
+        call = BeamCall(
+            request_id,
+            token_ids,
+            parsed.cache_salt,
+            schedule,
+            self._session,
+            self._client,
+            self._abandon,
+        )
+        search = BeamSearch.of(params, model.eos_token_ids)
+        outputs = await run_beam_search(search, RequestScorer(call, params, model))
+        completions = as_completions(outputs, token_ids, params, tokenizer)
+        yield RequestOutput(request_id, text, token_ids, completions, True, 0, metrics)
+
     def _check_arguments(
         self, request_id: object, params: object, schedule: RequestSchedule
     ) -> None:
-        if request_id is not None and (not isinstance(request_id, str) or not request_id):
-            raise InvalidRequestError(f"request_id must be a non-empty string, got {request_id!r}")
+        self._check_request(request_id, schedule)
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(
                 f"sampling params must be SamplingParams, got {type(params).__name__}"
             )
+
+    def _check_request(self, request_id: object, schedule: RequestSchedule) -> None:
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise InvalidRequestError(f"request_id must be a non-empty string, got {request_id!r}")
         schedule.check(self._session.welcome.limits)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:

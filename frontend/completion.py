@@ -62,6 +62,12 @@ class Completion:
         self._finish_reason: FinishReason | None = None
         self._stop_reason: int | str | None = None
 
+    def resume(self, prior_token_ids: Sequence[int]) -> None:
+        """Begin behind output that there is already."""
+        self._token_ids = list(prior_token_ids)
+        self._num_taken = len(prior_token_ids)
+        self._due_at = max(self._due_at, len(prior_token_ids) + 1)
+
     # ---- pushed
 
     @property
@@ -151,7 +157,7 @@ class Completion:
         cumulative: float | None = None
         if self.scored is not None:
             logprobs = self.scored.read(start, num_tokens, flat=params.flat_logprobs)
-            cumulative = self.scored.cumulative[num_tokens - 1] if num_tokens else 0.0
+            cumulative = self.scored.cumulative_up_to(num_tokens)
         return CompletionOutput(
             self.index,
             text,

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -11,6 +11,7 @@ import msgspec
 from tqdm import tqdm
 
 from footplate.frontend.async_llm_engine import AsyncLLMEngine
+from footplate.frontend.beam_params import BeamSearchParams
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.outputs import RequestOutput
 from footplate.frontend.prompts import Prompt
@@ -88,6 +89,28 @@ class LLM:
         """As `generate`, for one conversation or a list of them."""
         return self.generate(messages, sampling_params, priority=priority, use_tqdm=use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """The best continuations of every prompt; an output's completions stand best first.
+
+        All prompts are searched at once. For arguments and errors see `generate`.
+        """
+        each = _as_prompt_list(prompts)
+        requests = zip(each, _for_each(each, priority), strict=True)
+
+        async def search() -> list[RequestOutput]:
+            return await _last_of_each(
+                [self._engine.beam_search(p, params, priority=at) for p, at in requests], use_tqdm
+            )
+
+        return self._run(search())
+
     async def _generate_all(
         self,
         prompts: list[Prompt],
@@ -95,26 +118,9 @@ class LLM:
         priorities: list[int],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        with tqdm(total=len(prompts), disable=not use_tqdm, unit="prompt", leave=True) as bar:
-
-            async def complete(
-                prompt: Prompt, params: SamplingParams, priority: int
-            ) -> RequestOutput:
-                async for output in self._engine.generate(prompt, params, priority=priority):
-                    last = output
-                bar.update()
-                return last
-
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [
-                        group.create_task(complete(*request))
-                        for request in zip(prompts, params, priorities, strict=True)
-                    ]
-            except BaseExceptionGroup as errors:
-                # The first to fail has cancelled the others; it is the one to fix.
-                raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+        requests = zip(prompts, params, priorities, strict=True)
+        streams = [self._engine.generate(p, param, priority=at) for p, param, at in requests]
+        return await _last_of_each(streams, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer of the engine's model."""
@@ -154,6 +160,27 @@ class LLM:
         except BaseException:
             future.cancel()  # Ctrl-C ends the requests as well
             raise
+
+
+async def _last_of_each(
+    streams: Sequence[AsyncIterator[RequestOutput]], use_tqdm: bool
+) -> list[RequestOutput]:
+    """Take all streams to their ends at once. The first error ends them all."""
+    with tqdm(total=len(streams), disable=not use_tqdm, unit="prompt", leave=True) as bar:
+
+        async def last_of(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
+            async for output in stream:
+                last = output
+            bar.update()
+            return last
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(last_of(stream)) for stream in streams]
+        except BaseExceptionGroup as errors:
+            # The first to fail has cancelled the others; it is the one to fix.
+            raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _shut_down(

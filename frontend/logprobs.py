@@ -121,6 +121,11 @@ class ScoredTokens:
             self.cumulative.append(total + logprobs[number * width])
         return True
 
+    def cumulative_up_to(self, end: int) -> float:
+        """Sum of the logprobs of tokens before position `end`, as far as they were scored."""
+        num_rows = end - self._first_position
+        return self.cumulative[num_rows - 1] if self.cumulative and num_rows > 0 else 0.0
+
     def read(self, start: int, end: int, *, flat: bool) -> Logprobs:
         """Positions from `start` up to `end`; None stands where a position has not been scored."""
         result: Logprobs = FlatLogprobs() if flat else []

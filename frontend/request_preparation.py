@@ -68,9 +68,7 @@ class RequestPreparation:
             TokenizerError: it needs a tokenizer, and there is none.
         """
         params, welcome = stream.params, self._session.welcome
-        text, token_ids = None, prompt.token_ids
-        if token_ids is None:
-            text, token_ids = await self._encode(prompt)
+        text, token_ids = await self.encode(prompt)
         max_tokens = resolve_max_tokens(token_ids, params, welcome.model)
         tokenizer = None
         if params.detokenize or needs_tokenizer(params):
@@ -100,7 +98,10 @@ class RequestPreparation:
             deadline_s=schedule.deadline_s,
         )
 
-    async def _encode(self, prompt: ParsedPrompt) -> tuple[str, list[int]]:
+    async def encode(self, prompt: ParsedPrompt) -> tuple[str | None, list[int]]:
+        """Text, if there was any, and token ids."""
+        if prompt.token_ids is not None:
+            return None, prompt.token_ids
         tokenizer = await self.tokenizer()
         if prompt.text is not None and len(prompt.text) <= MAX_CHARS_ENCODED_INLINE:
             return tokenize(prompt, tokenizer)

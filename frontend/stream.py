@@ -88,6 +88,7 @@ class RequestStream:
         prompt_token_ids: list[int],
         make_text: Callable[[], OutputText] | None,
         decode: Callable[[int], str] | None = None,
+        prior_token_ids: Sequence[int] = (),
     ) -> None:
         """Set what encoding the prompt has brought. The stream may have been aborted meanwhile.
 
@@ -95,6 +96,7 @@ class RequestStream:
             prompt: None if it was given as token ids.
             make_text: for each completion; None for a stream of token ids alone.
             decode: the text of one token, for its logprobs.
+            prior_token_ids: output that there is already; taken to have been handed out.
         """
         params = self.params
         self.prompt = prompt
@@ -103,6 +105,8 @@ class RequestStream:
             self.prompt_scored = ScoredTokens(len(params.prompt_logprob_token_ids or ()), decode)
         is_scored = params.logprobs is not None or params.logprob_token_ids
         for completion in self.completions:
+            if prior_token_ids:
+                completion.resume(prior_token_ids)
             if make_text is not None:
                 completion.text = make_text()
             if is_scored:
