@@ -1,9 +1,11 @@
 """The per-request path keeps a cache exactly as long as it is valid."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from footplate.backend.request import Request
 from footplate.backend.runner.per_request_runner import (
@@ -28,14 +30,14 @@ class SummingModel(CachedModel):
         self.num_forwards: list[int] = []
         self.fails = False
 
-    def forward(self, token_ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, token_ids: list[int], cache: Any, num_rows: int = 1
+    ) -> tuple[torch.Tensor, Any]:
         self.num_forwards.append(len(token_ids))
         if self.fails:
             raise RuntimeError("no luck")
-        total = (cache or 0) + sum(token_ids)
-        logits = torch.zeros(50)
-        logits[total % 50] = 1
-        return logits, total
+        sums = [(cache or 0) + total for total in accumulate(token_ids)]
+        return one_hot(torch.tensor(sums[-num_rows:]) % 50, 50).float(), sums[-1]
 
 
 def request(tokens: list[int], key: int = 1) -> Request:

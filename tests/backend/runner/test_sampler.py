@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 
 from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import Kernels
+from footplate.backend.logits.processed import MIN_TEMPERATURE
 from footplate.backend.request import Request
 from footplate.backend.runner import cutoff, sampler, torch_sampling
 from footplate.backend.runner.noise import uniform
-from footplate.backend.runner.sampler import MIN_TEMPERATURE, Sampler
+from footplate.backend.runner.sampler import Sampler
+from footplate.backend.step import StepResult
+from footplate.protocol.messages import ErrorKind
 from footplate.protocol.token_params import TokenParams
 
 # Probabilities with exact logarithms to think in: token 2 is the most likely, then 0, 3, 1.
@@ -64,8 +67,14 @@ def request(position: int = 0, **params: Any) -> Request:
     )
 
 
-def sample(logits: Iterable[Sequence[float]], requests: list[Request]) -> list[int]:
+def step(logits: Iterable[Sequence[float]], requests: list[Request]) -> StepResult:
     return Sampler().sample(torch.tensor(list(logits), dtype=torch.float32), requests)
+
+
+def sample(logits: Iterable[Sequence[float]], requests: list[Request]) -> list[int]:
+    result = step(logits, requests)
+    assert not result.errors
+    return result.token_ids
 
 
 def seen(logits: Sequence[float], count: int = 2000, seed: int = 0, **params: Any) -> Counter[int]:
@@ -307,12 +316,15 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch(
         dtype
     )
     requests = mixed_requests(num_rows)
-    alone = [Sampler().sample(logits[i : i + 1].clone(), [requests[i]])[0] for i in range(num_rows)]
+    alone = [
+        Sampler().sample(logits[i : i + 1].clone(), [requests[i]]).token_ids[0]
+        for i in range(num_rows)
+    ]
     assert len(set(alone)) > 5
     shuffle = random.Random(8)
     for size in (2, 3, 7, num_rows // 2, num_rows):
         rows = shuffle.sample(range(num_rows), size)
-        tokens = Sampler().sample(logits[rows], [requests[row] for row in rows])
+        tokens = Sampler().sample(logits[rows], [requests[row] for row in rows]).token_ids
         assert tokens == [alone[row] for row in rows]
 
 
@@ -331,7 +343,7 @@ def test_the_number_of_threads_does_not_change_a_token() -> None:
     outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        outcomes.append(Sampler().sample(logits.clone(), requests))
+        outcomes.append(Sampler().sample(logits.clone(), requests).token_ids)
     torch.set_num_threads(threads)
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
@@ -341,11 +353,11 @@ def test_the_size_of_blocks_and_heads_does_not_change_a_token(
 ) -> None:
     logits = torch.randn(40, 500, generator=torch.Generator().manual_seed(9))
     requests = mixed_requests(40)
-    usual = Sampler().sample(logits.clone(), requests)
+    usual = Sampler().sample(logits.clone(), requests).token_ids
     for head in (1, 3, 64):
         monkeypatch.setattr(cutoff, "_HEAD", head)
         monkeypatch.setattr(torch_sampling, "_BLOCK_ELEMENTS", {"cpu": 500 * head})
-        assert Sampler().sample(logits.clone(), requests) == usual
+        assert Sampler().sample(logits.clone(), requests).token_ids == usual
 
 
 def test_limits_that_keep_the_same_tokens_choose_the_same_token() -> None:
@@ -370,19 +382,22 @@ def test_seed_and_position_decide_the_token_for_ever() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.9}])
-def test_a_row_that_is_no_distribution_yields_token_0_and_spoils_no_other(
+def test_a_row_that_is_no_distribution_is_an_error_and_spoils_no_other(
     bad: float, params: dict[str, float]
 ) -> None:
     requests = [request(position, **params) for position in range(3)]
     expected = sample([LOGITS] * 3, requests)
-    tokens = sample([LOGITS, [0.0, bad, 9.0, bad, 0.0], LOGITS], requests)
-    assert tokens == [expected[0], 0, expected[2]]
+    result = step([LOGITS, [0.0, bad, 9.0, bad, 0.0], LOGITS], requests)
+    assert result.token_ids == [expected[0], -1, expected[2]]
+    assert {index: error.kind for index, error in result.errors.items()} == {1: ErrorKind.LOGITS}
 
 
-def test_a_row_without_a_possible_token_yields_token_0() -> None:
-    rows = [[-math.inf] * 5, LOGITS]
-    assert sample(rows, [request(), request(temperature=0)])[0] == 0
-    assert sample(rows, [request(temperature=0)] * 2) == [0, 2]
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 1}])
+def test_a_row_without_a_possible_token_is_an_error(params: dict[str, float]) -> None:
+    result = step([[-math.inf] * 5, LOGITS], [request(**params), request(temperature=0)])
+    assert result.token_ids == [-1, 2]
+    assert result.errors.keys() == {0}
+    assert "no token is possible" in result.errors[0].message
 
 
 def test_impossible_tokens_are_never_chosen() -> None:
@@ -404,7 +419,7 @@ def test_noise_at_the_ends_of_the_unit_interval_chooses_possible_tokens(
 
 
 def test_an_empty_batch_yields_nothing() -> None:
-    assert Sampler().sample(torch.empty(0, 10), []) == []
+    assert Sampler().sample(torch.empty(0, 10), []).token_ids == []
 
 
 def test_a_vocabulary_of_one_token_has_no_choice() -> None:
@@ -416,5 +431,5 @@ def test_a_vocabulary_of_one_token_has_no_choice() -> None:
 def test_a_gpu_chooses_what_the_cpu_chooses() -> None:
     requests = mixed_requests(200)
     logits = torch.tensor([LOGITS] * 200)
-    tokens = Sampler().sample(logits.cuda(), requests)
-    assert tokens == Sampler().sample(logits, requests)
+    tokens = Sampler().sample(logits.cuda(), requests).token_ids
+    assert tokens == Sampler().sample(logits, requests).token_ids
