@@ -51,7 +51,7 @@ def obey(mode: str, gate: str) -> None:
         cache: CacheConfig,
         scheduler: SchedulerConfig,
         on_progress: Callable[[str, float], None],
-        processors: Sequence[type[LogitsProcessor]],
+        processors: Sequence[type[LogitsProcessor]] = (),
     ) -> ObedientRunner:
         runner = ObedientRunner(model, cache, DEMO_MODEL, processors)
         match mode:

@@ -182,7 +182,11 @@ def test_an_end_of_thinking_that_is_no_token_is_an_error() -> None:
 
 
 def test_forced_tokens_come_whatever_the_logits_say() -> None:
-    forced = {"forced_token_ids": (4, 0), "allowed_token_ids": (1,), "bad_words": ((1,),)}
+    forced: dict[str, Any] = {
+        "forced_token_ids": (4, 0),
+        "allowed_token_ids": (1,),
+        "bad_words": ((1,),),
+    }
     for output, token_id in (([], 4), ([4], 0)):
         _, result = run(LogitRows(), make_request([0], output, **forced), LOGITS)
         assert (result.token_ids, result.errors) == ([token_id], {})

@@ -184,5 +184,5 @@ def test_limits_of_a_matcher_are_an_error_wherever_it_meets_them() -> None:
 
     for matcher in (Limited, LimitedLater):
         grammar = grammar_of(*ABC)
-        grammar.start = lambda kind=matcher, own=grammar: kind(own)  # type: ignore[misc]
+        grammar.start = lambda kind=matcher, own=grammar: kind(own)  # type: ignore[method-assign,misc]
         assert failures(make_request(grammar=grammar)) == [(ErrorKind.GRAMMAR, "too many items")]

@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_it_cuts_where_the_sampler_cuts(vocab: int) -> None:
         assert find_cutoff(probs.numpy(), params) == expected.item(), f"seed {seed}: {params}"
 
 
-def process(row: list[float], chosen: int | None = None, **fields: float) -> list[float]:
+def process(row: list[float], chosen: int | None = None, **fields: Any) -> list[float]:
     params = make_params(**{"temperature": 1.0, **fields})
     return list(map(float, process_row(np.array(row, np.float32), params, chosen)))
 
