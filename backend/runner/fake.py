@@ -155,7 +155,7 @@ class FakeModelRunner:
         start = request.num_computed_tokens
         positions = prompt_positions(request, start, start + count)
         # Without numpy, the request fails when it samples.
-        if positions and (rows := self._load_rows()):
+        if positions and (rows := self._load_rows()) is not None:
             result.prompt_logprobs[place] = rows.score_prompt(request, positions)
 
     def _load_rows(self) -> FakeRows | None:

@@ -54,6 +54,10 @@ class FakeRows:
         self._vocab_size = vocab_size
         self._first_id = first_id
 
+    def __len__(self) -> int:
+        """Entries that wait to be forgotten."""
+        return len(self._rows)
+
     def forget(self, keys: Iterable[int]) -> None:
         """Drop what is held for requests of these keys, if anything is."""
         self._rows.forget(keys)

@@ -25,6 +25,11 @@ from footplate.backend.runner.noise import uniform
 from footplate.backend.runner.torch_sampling import sample_with_torch
 from footplate.backend.step import ScoredRows, StepResult
 
+# Devices whose rows numpy works on where they are. From others, special rows travel to the host and
+# back. That costs more than a kernel for each parameter would, but each of them has one definition,
+# and the same bits on every device.
+IN_PLACE = frozenset({"cpu"})
+
 
 class Sampler:
     """Chooses the next token of each row. The draw itself is stateless: see `noise`. What requests
@@ -79,10 +84,7 @@ class Sampler:
             special = [row for row, request in enumerate(requests) if is_special(request)]
             if not special:
                 return _with_errors(StepResult(self._draw(logits, requests)))
-            # Elsewhere than on the CPU, special rows travel there and back. That costs them more
-            # than kernels for each parameter would, and there is one definition of each, and the
-            # same bits on every device.
-            on_host = logits.device.type == "cpu"
+            on_host = logits.device.type in IN_PLACE
             rows = logits if on_host else logits[special].cpu()
             edited = [
                 self._rows.edit(requests[row], rows[row if on_host else place].numpy())

@@ -610,6 +610,21 @@ def test_special_rows_are_the_same_alone_and_in_any_batch(dtype: torch.dtype) ->
             assert together.logprobs.get(index) == alone[row].logprobs.get(0)
 
 
+def test_rows_that_travel_come_back_to_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = mixed_requests(30)
+    for key, one in enumerate(requests):
+        one.key = key
+        if key % 3:
+            own = LogitAdjustments(logit_bias={key: 9.0}, repetition_penalty=1.5)
+            one.params = msgspec.structs.replace(
+                one.params, adjustments=own, logprobs=LogprobsRequest(3)
+            )
+    logits = torch.randn(30, 500, generator=torch.Generator().manual_seed(5))
+    in_place = Sampler().sample(logits.clone(), requests)
+    monkeypatch.setattr(sampler, "IN_PLACE", frozenset())
+    assert Sampler().sample(logits.clone(), requests) == in_place
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_special_rows_travel_to_the_host_and_back() -> None:
     adjustments = LogitAdjustments(logit_bias={4: 9.0})
