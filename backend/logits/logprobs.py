@@ -19,6 +19,8 @@ Ids = npt.NDArray[np.intp]
 RAW_MODES = (LogprobsMode.RAW_LOGPROBS, LogprobsMode.RAW_LOGITS)
 LOGIT_MODES = (LogprobsMode.RAW_LOGITS, LogprobsMode.PROCESSED_LOGITS)
 
+_GROUP_SIZE = 64
+
 
 def score_rows(
     rows: Iterable[FloatRow],
@@ -83,11 +85,25 @@ def most_likely(row: FloatRow, size: int) -> Ids:
         return np.empty(0, np.intp)
     if size == len(row):
         return np.argsort(-row, kind="stable")
-    place = len(row) - size
-    border = np.partition(row, place)[place]
-    above = np.flatnonzero(row > border)
-    ids = above[np.argsort(-row[above], kind="stable")]
-    equal = np.flatnonzero(row == border)[: size - len(ids)]
-    ids = np.concatenate([ids, equal])
-    # NaNs, which are equal to nothing, leave too few. Their order means nothing either.
-    return ids if len(ids) == size else np.arange(size)
+    candidates = np.flatnonzero(row >= _bound_of_rank(row, size))
+    if len(candidates) < size:
+        # NaNs, which are equal to nothing, leave too few. Their order means nothing either.
+        return np.arange(size)
+    numbers = row[candidates]
+    place = len(numbers) - size
+    border = np.partition(numbers, place)[place]
+    above = np.flatnonzero(numbers > border)
+    above = above[np.argsort(-numbers[above], kind="stable")]
+    equal = np.flatnonzero(numbers == border)[: size - len(above)]
+    found: Ids = candidates[np.concatenate([above, equal])]
+    return found
+
+
+def _bound_of_rank(row: FloatRow, size: int) -> float:
+    """A number that at least `size` of a row reach, and few others: the best of many groups stand
+    for different tokens each. To look for it takes a tenth of what selecting from all takes."""
+    num_groups = len(row) // _GROUP_SIZE
+    if num_groups < 2 * size:
+        return -math.inf
+    best = row[: num_groups * _GROUP_SIZE].reshape(_GROUP_SIZE, num_groups).max(0)
+    return float(np.partition(best, num_groups - size)[num_groups - size])

@@ -120,15 +120,19 @@ class FakeModelRunner:
         if self._rows is not None:
             self._rows.forget(plan.released)
         result = StepResult([self._sample(plan.requests[index]) for index in plan.sampling])
-        for index, place in enumerate(plan.sampling):
-            request = plan.requests[place]
-            params = request.params
+        special = [
+            place
+            for place, request in enumerate(plan.requests)
             # Of min_tokens alone `next_token` knows.
-            if params.adjustments is not None or params.logprobs is not None or request.grammar:
-                self._choose(request, index, result)
-        for place, request in enumerate(plan.requests):
-            if request.params.logprobs is not None:
-                self._score_prompt(request, place, plan.num_new_tokens[place], result)
+            if (params := request.params).adjustments is not None
+            or params.logprobs is not None
+            or request.grammar is not None
+        ]
+        for place in special:
+            request = plan.requests[place]
+            if place in plan.sampling:
+                self._choose(request, plan.sampling.index(place), result)
+            self._score_prompt(request, place, plan.num_new_tokens[place], result)
         return result
 
     def _sample(self, request: Request) -> int:

@@ -142,6 +142,25 @@ def test_a_large_row_is_as_accurate(vocab: int) -> None:
     assert most_likely(row, 20).tolist() == np.argsort(-wide, kind="stable")[:20].tolist()
 
 
+@pytest.mark.parametrize("kind", ["ties", "few possible", "one possible", "sorted", "equal"])
+def test_the_most_likely_of_a_large_row_are_found_whatever_it_is_like(kind: str) -> None:
+    row = np.random.default_rng(3).normal(size=5003).astype(np.float32)
+    match kind:
+        case "ties":
+            row = np.round(row * 2)
+        case "few possible":
+            row[row < 3] = NOT
+        case "one possible":
+            row[np.arange(5003) != 4999] = NOT
+        case "sorted":
+            row.sort()
+        case "equal":
+            row[:] = 1.0
+    order = np.argsort(-row, kind="stable")
+    for size in (0, 1, 2, 20, 39, 40, 500, 5002, 5003):
+        assert most_likely(row, size).tolist() == order[:size].tolist(), size
+
+
 @pytest.mark.parametrize("vocab", [1, 33, 4099, 151_936])
 def test_a_row_has_the_same_bits_in_any_batch_and_at_any_place_in_memory(vocab: int) -> None:
     rng = np.random.default_rng(vocab)
