@@ -104,7 +104,6 @@ class GrammarMasks:
         """
         match = self._matches[request.key]
         self._wait_for(match)
-        match.mask = None
         try:
             is_complete = match.matcher.advance([token_id])
         except GrammarError as error:

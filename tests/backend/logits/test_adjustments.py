@@ -107,6 +107,16 @@ def test_penalties_come_in_order() -> None:
     assert edit([0], [2, 2], **penalties, logit_bias={2: -1.0})[2] == -0.25
 
 
+def test_penalties_count_any_number_of_different_tokens() -> None:
+    rows, output = LogitRows(), [i * 7 % 300 for i in range(600)]
+    request = make_request([0], frequency_penalty=0.5)
+    for start in range(0, 600, 50):
+        request.token_ids += output[start : start + 50]
+        row, _ = run(rows, request, [1.0] * 300)
+        said = output[: start + 50]
+        assert row.tolist() == [1.0 - 0.5 * said.count(i) for i in range(300)]
+
+
 def test_penalties_leave_the_impossible_impossible() -> None:
     row = edited_row([1.0, NOT], make_request([0], [1], repetition_penalty=2.0, logit_bias={1: 9}))
     assert row == [0.5, NOT]
@@ -171,6 +181,22 @@ def test_the_start_does_not_count_as_the_beginning_of_the_end() -> None:
     # 4 ends the start and would begin the end.
     assert think([4, 0], 5) == LOGITS
     assert think([4, 0, 1, 1, 1, 1], 5) == only(4)
+
+
+def test_marks_are_found_where_their_beginning_is_repeated() -> None:
+    budget = ThinkingBudget(9, start_ids=(3, 3, 4), end_ids=(0, 0, 1, 0, 0, 2))
+
+    def forced(output: list[int]) -> int | None:
+        row = edit([3, 3, 3, 4], output, thinking=budget)
+        return None if row == LOGITS else row.index(0.0)
+
+    assert forced([1] * 8) is None
+    assert forced([1] * 9) == 0
+    assert forced([1] * 7 + [0, 0, 0]) == 1
+    assert forced([1] * 4 + [0, 0, 1, 0, 0]) == 2
+    # What matched of the longer beginning goes on as the shorter one.
+    assert forced([1] * 3 + [0, 0, 1, 0, 0, 1]) == 0
+    assert forced([1] * 3 + [0, 0, 1, 0, 0, 1, 0, 0, 2]) is None
 
 
 def test_an_end_of_thinking_that_is_no_token_is_an_error() -> None:
