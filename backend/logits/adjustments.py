@@ -143,17 +143,18 @@ class AdjustedRequest:
             row.fill(-np.inf)
             row[token_id] = 0.0
 
-    def name_masks(self) -> str:
-        """What may have made every token impossible, for the error message."""
-        masks = {
+    def name_changes(self) -> str:
+        """What may have spoiled the row, for an error message."""
+        changes = {
             "allowed_token_ids": self._allowed is not None,
             "bad_words": self._bad_words is not None,
             "min_tokens": self._must_go_on(None),
+            "logit_bias": len(self._biased_ids) > 0,
             "logits_processors": bool(self._processors),
             "penalties": self._penalties is not None,
             "the grammar": self.request.grammar is not None,
         }
-        return ", ".join(name for name, is_there in masks.items() if is_there)
+        return ", ".join(name for name, is_there in changes.items() if is_there)
 
 
 def _is_distribution(row: FloatRow) -> bool:

@@ -119,7 +119,16 @@ class LogitRows:
             grammar = self._grammars.allowed(request, len(row))
         adjusted.adjust(row, grammar)
         if row.max() == -np.inf and _forced_token(request) is None:
-            raise RowFailed(ErrorKind.LOGITS, f"no token is possible, with {adjusted.name_masks()}")
+            raise RowFailed(
+                ErrorKind.LOGITS, f"no token is possible, with {adjusted.name_changes()}"
+            )
+
+    def _no_distribution(self, request: Request) -> RowError:
+        adjusted = self._adjusted.get(request.key)
+        if adjusted is None:
+            return NO_DISTRIBUTION
+        message = f"{NO_DISTRIBUTION.message}; the request has {adjusted.name_changes()}"
+        return RowError(ErrorKind.LOGITS, message)
 
     def settle(self, edited: EditedRow, index: int, result: StepResult) -> None:
         """Complete a step's result in one place: a forced token, the grammar, logprobs, an error.
@@ -142,7 +151,7 @@ class LogitRows:
                 result.token_ids[index] = forced
             token_id = result.token_ids[index]
             if token_id < 0:
-                result.errors[index] = NO_DISTRIBUTION
+                result.errors[index] = self._no_distribution(request)
                 return
             if request.grammar is not None and self._grammars.advance(request, token_id):
                 result.complete.add(index)

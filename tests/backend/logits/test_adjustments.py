@@ -128,6 +128,7 @@ def test_penalties_beyond_all_floats_are_an_error_and_no_crash(repetition_penalt
     row, result = run(LogitRows(), request, LOGITS)
     if repetition_penalty < 1:
         assert result.errors[0].kind is ErrorKind.LOGITS
+        assert result.errors[0].message.endswith("the request has penalties")
     else:
         assert not result.errors
         assert row[2] == 0

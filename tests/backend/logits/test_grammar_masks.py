@@ -165,6 +165,13 @@ def test_a_grammar_that_allows_nothing_is_an_error() -> None:
     assert failures(request) == [(ErrorKind.GRAMMAR, "the grammar allows no further token")]
 
 
+def test_a_broken_row_names_what_its_request_did_to_it() -> None:
+    request = make_request(grammar=grammar_of({1, 2}), logit_bias={1: 2.0})
+    error = run(LogitRows(), request, [math.nan] * 5)[1].errors[0]
+    assert error.kind is ErrorKind.LOGITS
+    assert error.message.endswith("the request has logit_bias, the grammar")
+
+
 def test_an_output_outside_of_its_grammar_is_an_error_every_time() -> None:
     rows, request = LogitRows(), make_request(output=[0, 1], grammar=grammar_of(*ABC))
     expected = [(ErrorKind.GRAMMAR, "token 1 is not allowed at 1")]
