@@ -1,5 +1,5 @@
-"""Logprobs of prompts, from a real model and through both attention paths, against transformers and
-float64."""
+"""Logprobs of prompts, from a real model and by every way through a runner, against transformers
+and float64."""
 
 from array import array
 from collections.abc import Callable
@@ -12,6 +12,8 @@ import torch
 
 from footplate.backend.request import Request
 from footplate.backend.runner.model_runner import load_model_runner
+from footplate.backend.runner.per_request_runner import CachedModel, PerRequestRunner
+from footplate.backend.runner.sampler import Sampler
 from footplate.backend.step import ModelRunner, ScoredRows, StepPlan
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
 from footplate.protocol.token_params import LogprobsRequest, TokenParams
@@ -20,14 +22,22 @@ GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 8, 0, ())
 PROMPT = [7, 3, 60, 12, 12, 5, 33, 2, 9, 41, 0, 17]
 
 
-@pytest.fixture(params=[4, 16])
+@pytest.fixture(params=["paged torch", "paged cpu", "per-request cache"])
 def runner(save_llama: Callable[..., Path], request: pytest.FixtureRequest) -> ModelRunner:
-    return load_model_runner(
-        ModelConfig(model=str(save_llama()), num_threads=1, device="cpu"),
-        CacheConfig(block_size=request.param),
+    folder, block_size = save_llama(), 4 if request.param == "paged torch" else 16
+    paged = load_model_runner(
+        ModelConfig(model=str(folder), num_threads=1, device="cpu"),
+        CacheConfig(block_size=block_size),
         SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16),
         lambda phase, fraction: None,
     )
+    if request.param.startswith("paged"):
+        assert paged.facts.model.attention.startswith(request.param)
+        return paged
+    from transformers import AutoModelForCausalLM
+
+    cached = CachedModel(AutoModelForCausalLM.from_pretrained(folder))
+    return PerRequestRunner(cached, paged.facts, Sampler(), prefill_in_chunks=True)
 
 
 @pytest.fixture
