@@ -20,6 +20,7 @@ import zmq
 from footplate.backend.core_files import CoreFiles
 from footplate.backend.engine_core import EngineCore
 from footplate.backend.inbox import Inbox, Joined, Left
+from footplate.backend.logits.processor import load_processors
 from footplate.backend.outbox import Outbox
 from footplate.backend.runner.load import load_runner
 from footplate.protocol.codec import Encoder
@@ -95,7 +96,9 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
     # The collector would look again and again at objects that live for ever: a third of the time
     # of imports, and half of that of loading weights.
     gc.disable()
-    runner = load_runner(config.model, config.cache, config.scheduler, phases.enter)
+    # First: a wrong name is found before a large model has been loaded.
+    processors = load_processors(config.requests.logits_processors)
+    runner = load_runner(config.model, config.cache, config.scheduler, phases.enter, processors)
     core = EngineCore(
         runner, config.cache, config.scheduler, epoch=secrets.randbits(63), clock=time.monotonic
     )

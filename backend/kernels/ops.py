@@ -269,7 +269,7 @@ class Kernels:
                 keeps all), top_p, and the noise in [0, 1).
 
         Returns:
-            [num_rows], int64.
+            [num_rows], int64; -1 where the logits are no distribution.
         """
         num_rows, vocab = logits.shape
         assert logits.dtype is torch.float32 and vocab > 0

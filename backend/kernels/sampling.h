@@ -286,16 +286,16 @@ inline int token_at(const float* probs, int vocab, float cutoff, int64_t target)
   return 0;
 }
 
-// The token of one row; 0 when the row is no distribution. Unless it is greedy, the row holds its
+// The token of one row; -1 when the row is no distribution. Unless it is greedy, the row holds its
 // probabilities afterwards.
 inline int sample_row(float* row, int vocab, const Draw& draw, SamplingRoom& room) {
   Largest largest = find_largest(row, vocab);
-  if (!largest.is_valid) return 0;
+  if (!largest.is_valid || largest.logit == -simd::infinity) return -1;
   if (draw.temperature == 0) return largest.token;
 
   float temperature = static_cast<float>(draw.temperature);
   float peak = largest.logit / temperature;
-  if (std::isinf(peak)) return 0;  // no token is possible, or the quotient is too large
+  if (std::isinf(peak)) return -1;
   float scale = 1.0f / exponentiate(row, vocab, temperature, peak);  // the largest probability
   float cutoff = static_cast<float>(draw.min_p) * scale;
   Kept kept{cutoff, scale_and_weigh(row, vocab, scale, cutoff)};

@@ -4,7 +4,7 @@ Built on the host from Python and NumPy values only, so that nothing later has t
 how long a request is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,16 +83,28 @@ class RaggedBatch:
         )
 
     @classmethod
-    def of_plan(cls, plan: StepPlan, block_size: int) -> "RaggedBatch":
+    def of_plan(
+        cls, plan: StepPlan, block_size: int, scored: Mapping[int, range] | None = None
+    ) -> "RaggedBatch":
         """The batch of a step: each request's new tokens, and the last row of each that is to be
-        sampled."""
+        sampled.
+
+        Args:
+            scored: by index into `plan.requests`: positions of prompt tokens. The rows of the
+                tokens before them are wanted too, behind those that are to be sampled.
+        """
         chunks = []
         for request, count in zip(plan.requests, plan.num_new_tokens, strict=True):
             start = request.num_computed_tokens
             new = request.token_ids[start : start + count]
             chunks.append(Chunk(new, start, request.block_ids))
         ends = np.cumsum(plan.num_new_tokens)
-        return cls.of_chunks(chunks, [int(ends[i]) - 1 for i in plan.sampling], block_size)
+        rows = [int(ends[i]) - 1 for i in plan.sampling]
+        for index, positions in (scored or {}).items():
+            chunk = chunks[index]
+            first = int(ends[index]) - len(chunk.token_ids) - chunk.start - 1
+            rows += range(first + positions.start, first + positions.stop)
+        return cls.of_chunks(chunks, rows, block_size)
 
 
 def _slots(block_ids: Sequence[int], start: int, end: int, block_size: int) -> list[int]:

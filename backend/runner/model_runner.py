@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ import torch
 from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import Kernels
 from footplate.backend.kernels.touched_memory import TouchedMemory
+from footplate.backend.logits.processor import LogitsProcessor
+from footplate.backend.logits.wanted import max_scored_rows
 from footplate.backend.runner import cuda_memory
 from footplate.backend.runner.attention_backend import AttentionBackend, LayerShape
 from footplate.backend.runner.cache_size import CacheSize, default_host_bytes, size_cache
@@ -53,12 +55,14 @@ def load_model_runner(
     scheduler: SchedulerConfig,
     on_progress: Callable[[str, float], None],
     touched: TouchedMemory | None = None,
+    processors: Sequence[type[LogitsProcessor]] = (),
 ) -> ModelRunner:
     """Load a model and everything it needs to run, ready for its first step.
 
     Args:
         on_progress: told of each phase as it begins.
         touched: for a KV cache on the CPU.
+        processors: custom logits processors that requests may use.
 
     Raises:
         ModelLoadError: see `ModelLoadError`.
@@ -87,7 +91,7 @@ def load_model_runner(
             "want device='cpu', a C++ compiler, float32 or bfloat16, and a block_size that is a "
             f"multiple of 16 (here {network.device.type}, {network.dtype}, {cache.block_size})"
         )
-    sampler = Sampler(own_kernels)
+    sampler = Sampler(own_kernels, processors)
     try:
         if wanted_len > limits.paged:
             raise NotPagedError(f"beyond {limits.paged} tokens its positions are encoded anew")
@@ -159,12 +163,13 @@ class _Loaded:
 
     def facts(self, size: CacheSize, attention: str, supports_prefix_caching: bool) -> RunnerFacts:
         network = self.network
+        vocab_size = network.config.get_text_config(decoder=True).vocab_size
         return RunnerFacts(
             model=ModelFacts(
                 model=self.requested.model,
                 tokenizer=self.requested.tokenizer or str(self.folder),
                 architecture=type(network).__name__,
-                vocab_size=network.config.get_text_config(decoder=True).vocab_size,
+                vocab_size=vocab_size,
                 max_model_len=size.max_model_len,
                 eos_token_ids=eos_token_ids(network),
                 dtype=str(network.dtype).removeprefix("torch."),
@@ -175,6 +180,7 @@ class _Loaded:
             ),
             num_kv_blocks=size.num_blocks,
             supports_prefix_caching=supports_prefix_caching,
+            max_scored_rows=max_scored_rows(vocab_size),
         )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from footplate.backend.runner.sampler import Sampler
+from footplate.backend.logits.wanted import prompt_positions
+from footplate.backend.runner.sampler import Sampler, score_prompt_rows
 from footplate.backend.step import RunnerFacts, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -38,28 +39,32 @@ class CachedModel:
         self._keeps_logits = "logits_to_keep" in parameters
 
     @torch.inference_mode()
-    def forward(self, token_ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, token_ids: list[int], cache: Any, num_rows: int = 1
+    ) -> tuple[torch.Tensor, Any]:
         """Continue one sequence.
 
         Args:
             token_ids: the tokens behind those that are in `cache`.
             cache: what an earlier call returned, or None at the start of a sequence. Changed in
                 place, so it must not be used again.
+            num_rows: how many of the last tokens' logits are wanted.
 
         Returns:
-            Logits behind the last token, [vocab] float32, and the cache for the next call.
+            Logits behind each of the last tokens, [num_rows, vocab] float32, and the cache for the
+            next call.
         """
         inputs = torch.tensor([token_ids], device=self._model.device)
         options: dict[str, Any] = {} if cache is None else {self._cache_name: cache}
         if self._keeps_logits:
-            options["logits_to_keep"] = 1
+            options["logits_to_keep"] = num_rows
         # The model makes its own cache, of the class that suits it, and derives positions from
         # what is in there.
         output = self._model(input_ids=inputs, use_cache=True, **options)
         cache = getattr(output, self._cache_name, None)
         if cache is None:
             raise CacheError(f"{type(self._model).__name__} returns no cache")
-        return output.logits[0, -1].float(), cache
+        return output.logits[0, -num_rows:].float(), cache
 
     def measure_bytes_per_token(self) -> int:
         """What the cache of one sequence grows by with every token; 0 for recurrent state."""
@@ -80,6 +85,9 @@ def _num_bytes(cache: Any) -> int:
 class PerRequestRunner:
     """A `ModelRunner` that owns one model cache per running request, by `Request.key`.
 
+    Where prompts are computed in one forward, their logits are scored in one step too, as many as
+    there are: `max_scored_rows` holds for chunks.
+
     Args:
         prefill_in_chunks: False where a prompt must be computed in one forward; then its chunks
             are collected until the last of them is due.
@@ -99,8 +107,12 @@ class PerRequestRunner:
         """See `ModelRunner`."""
         for key in plan.released:
             self._states.pop(key, None)
+        self._sampler.forget(plan.released)
+        requests = [plan.requests[i] for i in plan.sampling]
+        self._sampler.prepare(requests, self.facts.model.vocab_size)
         sampling = set(plan.sampling)
         rows = []
+        prompt_logprobs = {}
         for index, (request, count) in enumerate(
             zip(plan.requests, plan.num_new_tokens, strict=True)
         ):
@@ -113,14 +125,17 @@ class PerRequestRunner:
             length, cache = self._states.pop(request.key, (0, None))
             if length != start:
                 start, cache = 0, None
-            logits, cache = self._model.forward(request.token_ids[start:end], cache)
+            scored = prompt_positions(request, start, end)
+            num_rows = end - scored.start + 1 if scored else 1
+            logits, cache = self._model.forward(request.token_ids[start:end], cache, num_rows)
             self._states[request.key] = (end, cache)
+            if scored:
+                prompt_logprobs[index] = score_prompt_rows(logits[: len(scored)], request, scored)
             if is_last:
-                rows.append(logits)
-        if not rows:
-            return StepResult()
-        requests = [plan.requests[i] for i in plan.sampling]
-        return StepResult(self._sampler.sample(torch.stack(rows), requests))
+                rows.append(logits[-1])
+        result = self._sampler.sample(torch.stack(rows), requests) if rows else StepResult()
+        result.prompt_logprobs = prompt_logprobs
+        return result
 
 
 def probe_chunks(model: Any, cached: CachedModel, tolerance: float) -> bool:
@@ -134,7 +149,7 @@ def probe_chunks(model: Any, cached: CachedModel, tolerance: float) -> bool:
     tokens = [(i * 7919 + 11) % vocab_size for i in range(12)]
     with torch.inference_mode():
         plain = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
-    expected = plain.logits[0, -1].float()
+    expected = plain.logits[0, -1:].float()
 
     def error_of(*lengths: int) -> float:
         start, cache = 0, None

@@ -11,82 +11,125 @@ bits, and where a border or the noise falls between the two they differ: a few t
 tokens at most, at a vocabulary of 152k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from footplate.backend.kernels.ops import Kernels
+from footplate.backend.logits.processed import effective_temperature
+from footplate.backend.logits.processor import LogitsProcessor
+from footplate.backend.logits.rows import NO_DISTRIBUTION, LogitRows, score_prompt
+from footplate.backend.logits.wanted import is_special
 from footplate.backend.request import Request
 from footplate.backend.runner.noise import uniform
 from footplate.backend.runner.torch_sampling import sample_with_torch
+from footplate.backend.step import ScoredRows, StepResult
 
-# Below this, dividing by the temperature loses the difference between two logits; vLLM's bound.
-MIN_TEMPERATURE = 0.01
-# As flat as it gets; infinity would turn masked logits into NaN.
-MAX_TEMPERATURE = torch.finfo(torch.float32).max
+# Devices whose rows numpy works on where they are. From others, special rows travel to the host and
+# back. That costs more than a kernel for each parameter would, but each of them has one definition,
+# and the same bits on every device.
+IN_PLACE = frozenset({"cpu"})
 
 
 class Sampler:
-    """Chooses the next token of each row. Stateless: see `noise`.
+    """Chooses the next token of each row. The draw itself is stateless: see `noise`. What requests
+    ask for beside it is in `LogitRows`.
 
     Args:
         kernels: do the work where logits are on the CPU; without them torch does.
+        processors: custom logits processors, see `LogitRows`.
     """
 
-    def __init__(self, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self, kernels: Kernels | None = None, processors: Sequence[type[LogitsProcessor]] = ()
+    ) -> None:
         self._kernels = kernels
+        self._rows = LogitRows(processors)
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    def prepare(self, requests: Sequence[Request], vocab_size: int) -> None:
+        """Begin what can be done beside the forward pass: call it before that, with the requests
+        that `sample` will get."""
+        if constrained := [request for request in requests if request.grammar is not None]:
+            self._rows.prepare(constrained, vocab_size)
+
+    def forget(self, keys: Iterable[int]) -> None:
+        """Drop what is held for requests of these keys, if anything is."""
+        self._rows.forget(keys)
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> StepResult:
         """Choose one token per row.
 
-        Temperature 0 and top_k 1 take the largest logit, the lowest id among equals. Other rows
-        are divided by the temperature (at least `MIN_TEMPERATURE`) and cut by min_p, top_k and
-        top_p as `cutoff` describes; what is left is sampled by inverse CDF: its tokens share the
-        unit interval in the order of their ids, and the row's noise points at one of them.
-        Stop tokens are masked before all of this while the request has fewer than min_tokens.
+        First a row is changed as its request asks for (see `adjustments`). Temperature 0 and top_k
+        1 then take the largest logit, the lowest id among equals. Other rows are divided by the
+        temperature (at least `MIN_TEMPERATURE`) and cut by min_p, top_k and top_p as `cutoff`
+        describes; what is left is sampled by inverse CDF: its tokens share the unit interval in
+        the order of their ids, and the row's noise points at one of them.
 
-        A row that is no distribution (a NaN or +inf, or nothing but -inf) yields token 0 and
+        A row that is no distribution (a NaN or +inf, or nothing but -inf) becomes an error and
         leaves the other rows alone.
 
         Args:
             logits: float [num_rows, vocab], on any device. May be overwritten.
             requests: one per row; the token to be sampled is at output position
                 `num_output_tokens`.
+
+        Returns:
+            All but prompt logprobs; indices are into `requests`.
         """
         assert logits.shape[0] == len(requests), (logits.shape, len(requests))
         if not requests:
-            return []
+            return StepResult()
         with torch.inference_mode():
             logits = logits.float()
-            _mask_stop_tokens(logits, requests)
-            draws = torch.tensor([_draw(request) for request in requests], dtype=torch.float64)
-            if self._kernels is not None and logits.device.type == "cpu":
-                tokens: list[int] = self._kernels.sample(logits, draws).tolist()
-                return tokens
-            return sample_with_torch(logits, draws)
+            special = [row for row, request in enumerate(requests) if is_special(request)]
+            if not special:
+                return _with_errors(StepResult(self._draw(logits, requests)))
+            on_host = logits.device.type in IN_PLACE
+            rows = logits if on_host else logits[special].cpu()
+            edited = [
+                self._rows.edit(requests[row], rows[row if on_host else place].numpy())
+                for place, row in enumerate(special)
+            ]
+            if not on_host:
+                logits[special] = rows.to(logits.device)
+            result = StepResult(self._draw(logits, requests))
+        for row, edits in zip(special, edited, strict=True):
+            self._rows.settle(edits, row, result)
+        return _with_errors(result)
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        """One token per row of float32 logits; -1 where a row is no distribution."""
+        draws = torch.tensor([_draw_of(request) for request in requests], dtype=torch.float64)
+        if self._kernels is not None and logits.device.type == "cpu":
+            tokens: list[int] = self._kernels.sample(logits, draws).tolist()
+            return tokens
+        return sample_with_torch(logits, draws)
 
 
-def _draw(request: Request) -> tuple[float, float, int, float, float]:
+def score_prompt_rows(logits: torch.Tensor, request: Request, positions: range) -> ScoredRows:
+    """Score prompt tokens, see `score_prompt`.
+
+    Args:
+        logits: float [len(positions), vocab], on any device.
+    """
+    return score_prompt(logits.float().cpu().numpy(), request, positions)
+
+
+def _with_errors(result: StepResult) -> StepResult:
+    """Rows that are no distribution, and have no error that says more."""
+    if min(result.token_ids) < 0:
+        for index, token_id in enumerate(result.token_ids):
+            if token_id < 0:
+                result.errors.setdefault(index, NO_DISTRIBUTION)
+    return result
+
+
+def _draw_of(request: Request) -> tuple[float, float, int, float, float]:
     """What becomes of the request's row: temperature (0 is greedy), min_p, top_k, top_p, noise.
     float64 holds all of them exactly."""
     params = request.params
     if params.temperature == 0 or params.top_k == 1:
         return 0.0, 0.0, 0, 1.0, 0.0
-    temperature = min(max(params.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
     noise = uniform(params.seed, request.num_output_tokens)
+    temperature = effective_temperature(params.temperature)
     return temperature, params.min_p, params.top_k, params.top_p, noise
-
-
-def _mask_stop_tokens(logits: torch.Tensor, requests: Sequence[Request]) -> None:
-    """Make the stop tokens of requests that are shorter than their min_tokens impossible."""
-    vocab = logits.shape[-1]
-    rows: list[int] = []
-    ids: list[int] = []
-    for row, request in enumerate(requests):
-        if request.num_output_tokens < request.params.min_tokens:
-            # An id beyond the vocabulary cannot be sampled, and must not end the step.
-            stops = [token for token in request.params.stop_token_ids if token < vocab]
-            rows += [row] * len(stops)
-            ids += stops
-    if rows:
-        logits[rows, ids] = -torch.inf

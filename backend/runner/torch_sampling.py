@@ -19,6 +19,9 @@ def sample_with_torch(logits: torch.Tensor, draws: torch.Tensor) -> list[int]:
     Args:
         logits: float32 [num_rows, vocab], on any device.
         draws: float64 [num_rows, 5], on the CPU: see `Sampler`.
+
+    Returns:
+        -1 for a row that is no distribution.
     """
     tokens = [0] * len(draws)
     for rows in _groups(draws, logits.shape[-1], logits.device.type):
@@ -62,7 +65,7 @@ def _argmax(logits: torch.Tensor) -> Iterable[int]:
     else:
         best = logits.argmax(-1)
     finite = logits.gather(-1, best[:, None]).squeeze(-1).isfinite()
-    return (best * finite).tolist()
+    return torch.where(finite, best, -1).tolist()
 
 
 def _draw(logits: torch.Tensor, draws: torch.Tensor) -> Iterable[int]:
@@ -71,12 +74,16 @@ def _draw(logits: torch.Tensor, draws: torch.Tensor) -> Iterable[int]:
     numbers = draws.to(logits.device)
     probs = torch.softmax(logits / numbers[:, :1].float(), -1)
     # Softmax spreads what is no number over its whole row, and not beyond it.
-    broken = probs[:, :1].isnan()
-    if bool(broken.any()):
+    broken = probs[:, 0].isnan()
+    any_broken = bool(broken.any())
+    if any_broken:
         probs.nan_to_num_(0.0)
-        probs[:, :1] += broken
+        probs[:, 0] += broken
     is_cut = (draws[:, 1:3] > 0).any() or (draws[:, 3] < 1).any()
-    return choose(probs, numbers, bool(is_cut)).tolist()
+    tokens = choose(probs, numbers, bool(is_cut))
+    if any_broken:
+        tokens = tokens.masked_fill(broken, -1)
+    return tokens.tolist()
 
 
 def choose(probs: torch.Tensor, draws: torch.Tensor, is_cut: bool = True) -> torch.Tensor:

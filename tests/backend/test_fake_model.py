@@ -1,7 +1,10 @@
 """The fake model: a pure function of the prefix, whatever the batch, the chunks or the cache."""
 
 import json
+import sys
+from array import array
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,9 +17,16 @@ from footplate.backend.runner.fake import (
     digest_prefix,
     next_token,
 )
-from footplate.backend.step import StepPlan
+from footplate.backend.runner.fake_rows import LOW_LOGIT, TOP_LOGIT
+from footplate.backend.step import ScoredRows, StepPlan
 from footplate.protocol.config import CacheConfig, ModelConfig
-from footplate.protocol.token_params import TokenParams
+from footplate.protocol.messages import ErrorKind
+from footplate.protocol.token_params import (
+    LogitAdjustments,
+    LogprobsMode,
+    LogprobsRequest,
+    TokenParams,
+)
 
 VOCAB_SIZE = 40
 GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 16, 0, ())
@@ -139,6 +149,118 @@ def test_nothing_is_kept_of_released_requests(folder: Path) -> None:
     fake.execute(sample_all(*(request(n, [n]) for n in range(5))))
     assert fake.execute(StepPlan(released=list(range(5)))).token_ids == []
     assert not fake._digests
+
+
+# ---- requests that ask for more
+
+
+def special(key: int, token_ids: list[int], **fields: Any) -> Request:
+    return request(key, token_ids, msgspec.structs.replace(GREEDY, **fields))
+
+
+def logprobs_of(scored: ScoredRows) -> list[tuple[int, int, float]]:
+    """Rank, id and score, where nothing but the token itself was asked for."""
+    ids = array("i", scored.token_ids)
+    return list(zip(scored.ranks, ids, array("f", scored.logprobs), strict=True))
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+def test_asking_for_logprobs_changes_no_token(folder: Path, params: TokenParams) -> None:
+    stops = msgspec.structs.replace(
+        params, min_tokens=20, stop_token_ids=tuple(range(20, VOCAB_SIZE))
+    )
+    for plain in (params, stops):
+        own = msgspec.structs.replace(plain, logprobs=LogprobsRequest(0))
+        expected = generate(folder, [5, 6], 30, plain)
+        assert generate(folder, [5, 6], 30, own) == expected
+
+
+def test_the_fake_model_is_sure_of_its_next_token(folder: Path) -> None:
+    one = special(1, [5, 6], logprobs=LogprobsRequest(-1, mode=LogprobsMode.RAW_LOGITS))
+    result = runner(folder).execute(sample_all(one))
+    scored = result.logprobs[0]
+    by_id = dict(zip(array("i", scored.token_ids), array("f", scored.logprobs), strict=True))
+    assert scored.ranks == [1]
+    assert by_id.keys() == set(range(VOCAB_SIZE))
+    assert by_id[result.token_ids[0]] == TOP_LOGIT
+    for token_id in by_id.keys() - {result.token_ids[0]}:
+        assert by_id[token_id] == LOW_LOGIT if token_id < 16 else 0 <= by_id[token_id] < 4
+
+
+def test_adjustments_change_the_fake_models_tokens(folder: Path) -> None:
+    allowed = LogitAdjustments(allowed_token_ids=(20, 21, 22, 23))
+    params = msgspec.structs.replace(GREEDY, adjustments=allowed)
+    tokens = generate(folder, [5, 6], 40, params)
+    assert set(tokens) == {20, 21, 22, 23}
+    assert generate(folder, [5, 6], 40, params) == tokens
+
+
+def test_special_requests_change_no_others_and_do_not_depend_on_them(folder: Path) -> None:
+    fake = runner(folder)
+    penalised = LogitAdjustments(frequency_penalty=2.0, logit_bias={30: 7.0})
+    params = msgspec.structs.replace(SAMPLED, adjustments=penalised, logprobs=LogprobsRequest(2))
+    batch = [request(n, [n, 2, 3], params if n % 2 else GREEDY) for n in range(4)]
+    for size in (4, 2, 3, 4, 1, 4):
+        chosen = batch[:size]
+        for one, token in zip(chosen, fake.execute(sample_all(*chosen)).token_ids, strict=True):
+            one.token_ids.append(token)
+    for one in batch:
+        alone = generate(folder, [one.key, 2, 3], one.num_output_tokens, one.params)
+        assert one.token_ids[3:] == alone
+
+
+def test_prompts_are_scored_alike_whole_and_in_chunks(folder: Path) -> None:
+    prompt = [20, 21, 22, 23, 24, 25, 26]
+    wanted = LogprobsRequest(num_prompt_logprobs=0)
+    whole = runner(folder).execute(StepPlan([special(1, prompt, logprobs=wanted)], [7], [0]))
+    assert whole.prompt_logprobs[0].position == 1
+    expected = logprobs_of(whole.prompt_logprobs[0])
+    assert [token_id for _, token_id, _ in expected] == prompt[1:]
+    fake, one = runner(folder), special(1, prompt, logprobs=wanted)
+    scores: list[tuple[int, int, float]] = []
+    for count in (1, 3, 2, 1):
+        result = fake.execute(StepPlan([one], [count], []))
+        one.num_computed_tokens += count
+        if scored := result.prompt_logprobs.get(0):
+            assert scored.position == len(scores) + 1
+            scores += logprobs_of(scored)
+    assert scores == expected
+
+
+def test_the_likeliest_prompt_token_is_the_one_that_would_be_produced(folder: Path) -> None:
+    tokens = [20, *generate(folder, [20], 5, GREEDY)]
+    one = special(1, tokens, logprobs=LogprobsRequest(num_prompt_logprobs=0))
+    scored = runner(folder).execute(StepPlan([one], [6], [0])).prompt_logprobs
+    assert scored[0].ranks == [1] * 5
+
+
+def test_a_special_request_that_fails_fails_alone(folder: Path) -> None:
+    impossible = LogitAdjustments(allowed_token_ids=(30,), bad_words=((30,),))
+    plan = sample_all(request(1, [5, 6]), special(2, [5, 6], adjustments=impossible))
+    result = runner(folder).execute(plan)
+    assert result.token_ids[0] == generate(folder, [5, 6], 1, GREEDY)[0]
+    assert {index: error.kind for index, error in result.errors.items()} == {1: ErrorKind.LOGITS}
+
+
+def test_without_numpy_special_requests_fail_and_say_what_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "footplate.backend.runner.fake_rows", None)
+    wanted = LogprobsRequest(0, num_prompt_logprobs=0)
+    plan = StepPlan([request(1, [5, 6]), special(2, [5, 6], logprobs=wanted)], [2, 2], [0, 1])
+    result = runner(folder).execute(plan)
+    assert result.errors.keys() == {1}
+    assert result.errors[1].kind is ErrorKind.INVALID
+    assert "numpy" in result.errors[1].message
+
+
+def test_nothing_is_kept_of_released_special_requests(folder: Path) -> None:
+    fake = runner(folder)
+    own = LogitAdjustments(presence_penalty=1.0)
+    fake.execute(sample_all(*(special(n, [n], adjustments=own) for n in range(5))))
+    assert fake._rows is not None and len(fake._rows) == 5
+    fake.execute(StepPlan(released=list(range(5))))
+    assert len(fake._rows) == 0
 
 
 # ---- facts

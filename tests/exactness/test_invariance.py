@@ -43,14 +43,17 @@ class RecordingSampler:
         self._sampler = sampler
         self.rows: dict[int, torch.Tensor] = {}
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> StepResult:
         for row, request in zip(logits, requests, strict=True):
             if request.handle == TARGET:
                 position = request.num_output_tokens
                 earlier = self.rows.setdefault(position, row.clone())
                 assert torch.equal(row, earlier), f"position {position} was computed differently"
-        tokens: list[int] = self._sampler.sample(logits, requests)
-        return tokens
+        result: StepResult = self._sampler.sample(logits, requests)
+        return result
 
 
 @dataclass

@@ -3,11 +3,12 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from footplate.backend import core_process, inbox, outbox
 from footplate.backend.__main__ import main
+from footplate.backend.logits.processor import LogitsProcessor
 from footplate.backend.runner.fake import FakeModelRunner
 from footplate.backend.runner.load import DEMO_MODEL
 from footplate.backend.step import StepPlan, StepResult
@@ -50,8 +51,9 @@ def obey(mode: str, gate: str) -> None:
         cache: CacheConfig,
         scheduler: SchedulerConfig,
         on_progress: Callable[[str, float], None],
+        processors: Sequence[type[LogitsProcessor]] = (),
     ) -> ObedientRunner:
-        runner = ObedientRunner(model, cache, DEMO_MODEL)
+        runner = ObedientRunner(model, cache, DEMO_MODEL, processors)
         match mode:
             case "step raises":
                 runner.before_step = fail

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import queue
 import signal
 import struct
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import zmq
@@ -19,6 +21,7 @@ import zmq
 from footplate.frontend import AsyncLLMEngine, EngineArgs, SamplingParams, core_process
 from footplate.frontend.core_process import CoreProcess
 from footplate.protocol.codec import Encoder, core_message_decoder
+from footplate.protocol.config import RequestConfig
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineStartError,
@@ -137,6 +140,22 @@ async def test_a_model_folder_that_is_not_there_is_the_error(folder: Path) -> No
 async def test_settings_that_contradict_each_other_are_the_error() -> None:
     message = await start_error(model="fake", max_model_len=99, num_gpu_blocks_override=1)
     assert message.startswith("ValueError: max_model_len=99 does not fit into 1 KV blocks of 16")
+
+
+def test_a_logits_processor_that_cannot_be_loaded_is_the_error(folder: Path) -> None:
+    private = folder / "core"
+    private.mkdir(mode=0o700)
+    config = msgspec.structs.replace(
+        EngineArgs(model="fake").core_config(f"ipc://{private}/engine.sock", str(private)),
+        requests=RequestConfig(logits_processors=("no_such_package.module:Class",)),
+    )
+    ends: queue.Queue[EngineStartError] = queue.Queue()
+    process = CoreProcess(config, ends.put)
+    try:
+        message = str(ends.get(timeout=PATIENCE_S))
+    finally:
+        process.stop()
+    assert message.startswith("logits processor 'no_such_package.module:Class' cannot be loaded")
 
 
 def test_the_root_cause_is_told_without_what_libraries_print(start_core: StartCore) -> None:

@@ -133,7 +133,8 @@ def test_greedy_takes_the_first_of_the_largest(kernels: Kernels) -> None:
         rng = random.Random(vocab)
         for _ in range(20):
             logits = (torch.randn(3, vocab) * 2).round()  # -0 and 0 among them
-            logits[0, rng.randrange(vocab)] = -math.inf
+            if vocab > 1:
+                logits[0, rng.randrange(vocab)] = -math.inf
             tokens = kernels.sample(logits, table(*3 * [draw(0.0)]))
             assert tokens.tolist() == logits.numpy().argmax(-1).tolist()
 
@@ -157,7 +158,7 @@ def test_masked_tokens_are_never_chosen(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_row_that_is_no_distribution_yields_token_0_and_spoils_no_other(
+def test_a_row_that_is_no_distribution_yields_no_token_and_spoils_no_other(
     kernels: Kernels, bad: float
 ) -> None:
     for vocab in (5, 16, 50, 2000):
@@ -168,7 +169,7 @@ def test_a_row_that_is_no_distribution_yields_token_0_and_spoils_no_other(
             logits[2:4, place] = bad
             if bad == -math.inf:
                 logits[2:4] = bad
-            expected[2:4] = 0
+            expected[2:4] = -1
             assert torch.equal(kernels.sample(logits.clone(), draws), expected)
 
 
@@ -179,7 +180,7 @@ def test_logits_at_the_ends_of_float32_are_numbers(kernels: Kernels) -> None:
     assert kernels.sample(row.clone(), table(draw(0))).item() == 1
     assert kernels.sample(row.clone(), table(draw(largest, noise=0.99))).item() == 3
     # At this temperature they are none any more, as in torch.
-    assert kernels.sample(row.clone(), table(draw(0.01))).item() == 0
+    assert kernels.sample(row.clone(), table(draw(0.01))).item() == -1
     assert torch.softmax(row / 0.01, -1).isnan().all()
 
 

@@ -39,6 +39,20 @@ def test_a_plan_becomes_the_new_tokens_of_its_requests() -> None:
     assert batch.logit_rows.tolist() == [0, 5], "the second request's prompt is not complete"
 
 
+def test_rows_of_scored_prompt_tokens_stand_behind_those_that_are_sampled() -> None:
+    requests = [
+        Request(1, b"", 1, list(range(9)), 9, GREEDY, num_computed_tokens=4, block_ids=[0, 1, 2]),
+        Request(2, b"", 2, [10, 11, 12], 2, GREEDY, num_computed_tokens=2, block_ids=[3]),
+        Request(3, b"", 3, [30, 31, 32], 3, GREEDY, block_ids=[7]),
+    ]
+    plan = StepPlan(requests, [3, 1, 3], [1, 2])
+    scored = {0: range(6, 8), 2: range(1, 3)}
+    batch = RaggedBatch.of_plan(plan, 4, scored)
+    assert batch.positions.tolist() == [4, 5, 6, 2, 0, 1, 2]
+    # Positions 6 and 7 are told by tokens 5 and 6 of the first, 1 and 2 by 0 and 1 of the third.
+    assert batch.logit_rows.tolist() == [3, 6, 1, 2, 4, 5]
+
+
 def test_a_step_may_sample_nobody() -> None:
     batch = RaggedBatch.of_chunks([Chunk([1, 2], 0, [0])], [], block_size=4)
     assert batch.logit_rows.shape == (0,)

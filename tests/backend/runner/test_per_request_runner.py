@@ -1,9 +1,12 @@
 """The per-request path keeps a cache exactly as long as it is valid."""
 
+from itertools import accumulate
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from footplate.backend.request import Request
 from footplate.backend.runner.per_request_runner import (
@@ -15,7 +18,7 @@ from footplate.backend.runner.per_request_runner import (
 from footplate.backend.runner.sampler import Sampler
 from footplate.backend.step import RunnerFacts, StepPlan
 from footplate.protocol.messages import ModelFacts
-from footplate.protocol.token_params import TokenParams
+from footplate.protocol.token_params import LogprobsMode, LogprobsRequest, TokenParams
 
 GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 8, 0, ())
 FACTS = RunnerFacts(ModelFacts("", "", "", 50, 64, (), "", "", ""), 16, False)
@@ -28,14 +31,14 @@ class SummingModel(CachedModel):
         self.num_forwards: list[int] = []
         self.fails = False
 
-    def forward(self, token_ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, token_ids: list[int], cache: Any, num_rows: int = 1
+    ) -> tuple[torch.Tensor, Any]:
         self.num_forwards.append(len(token_ids))
         if self.fails:
             raise RuntimeError("no luck")
-        total = (cache or 0) + sum(token_ids)
-        logits = torch.zeros(50)
-        logits[total % 50] = 1
-        return logits, total
+        sums = [(cache or 0) + total for total in accumulate(token_ids)]
+        return one_hot(torch.tensor(sums[-num_rows:]) % 50, 50).float(), sums[-1]
 
 
 def request(tokens: list[int], key: int = 1) -> Request:
@@ -138,3 +141,52 @@ def test_a_cache_that_changes_the_logits_is_refused(tmp_path: Any) -> None:
     model: Any = BertLMHeadModel(config)
     with pytest.raises(CacheError):
         probe_chunks(model.eval(), CachedModel(model), tolerance=1e-3)
+
+
+# ---- logprobs of prompts
+
+
+def scoring(tokens: list[int], **fields: Any) -> Request:
+    one = request(tokens)
+    wanted = LogprobsRequest(num_prompt_logprobs=0, mode=LogprobsMode.RAW_LOGITS, **fields)
+    one.params = msgspec.structs.replace(GREEDY, logprobs=wanted)
+    return one
+
+
+def scores_of(runner: PerRequestRunner, one: Request, count: int) -> list[tuple[int, int, float]]:
+    """Position, token and logit, in which the sum of all tokens before it has 1 and others 0."""
+    start = one.num_computed_tokens
+    sampling = [0] if start + count == len(one.token_ids) else []
+    result = runner.execute(StepPlan([one], [count], sampling))
+    one.num_computed_tokens += count
+    if (scored := result.prompt_logprobs.get(0)) is None:
+        return []
+    ids = torch.frombuffer(bytearray(scored.token_ids), dtype=torch.int32).tolist()
+    logits = torch.frombuffer(bytearray(scored.logprobs), dtype=torch.float32).tolist()
+    positions = range(scored.position, scored.position + len(ids))
+    return list(zip(positions, ids, logits, strict=True))
+
+
+def test_prompt_tokens_are_scored_by_the_rows_before_them() -> None:
+    tokens = [1, 1, 3, 5, 10]
+    expected = [(1, 1, 1.0), (2, 3, 0.0), (3, 5, 1.0), (4, 10, 1.0)]
+    for lengths in ((5,), (1, 4), (3, 2), (4, 1), (1, 1, 1, 1, 1)):
+        runner = PerRequestRunner(SummingModel(), FACTS, Sampler(), prefill_in_chunks=True)
+        one = scoring(tokens)
+        assert [s for count in lengths for s in scores_of(runner, one, count)] == expected
+
+
+def test_collected_chunks_are_scored_at_once_and_with_their_last() -> None:
+    runner = PerRequestRunner(SummingModel(), FACTS, Sampler(), prefill_in_chunks=False)
+    one = scoring([1, 1, 3, 5, 10])
+    assert scores_of(runner, one, 3) == []
+    assert [position for position, _, _ in scores_of(runner, one, 2)] == [1, 2, 3, 4]
+
+
+def test_prompt_positions_that_have_been_told_are_not_told_again() -> None:
+    runner = PerRequestRunner(SummingModel(), FACTS, Sampler(), prefill_in_chunks=True)
+    one = scoring([1, 1, 3, 5, 10])
+    one.num_scored = 3
+    assert [position for position, _, _ in scores_of(runner, one, 5)] == [3, 4]
+    one = scoring([1, 1, 3, 5, 10], prompt_start=4)
+    assert [position for position, _, _ in scores_of(runner, one, 5)] == [4]

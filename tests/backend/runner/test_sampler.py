@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +18,20 @@ from hypothesis import strategies as st
 
 from footplate.backend.kernels import build
 from footplate.backend.kernels.ops import Kernels
+from footplate.backend.logits.processed import MIN_TEMPERATURE
 from footplate.backend.request import Request
 from footplate.backend.runner import cutoff, sampler, torch_sampling
 from footplate.backend.runner.noise import uniform
-from footplate.backend.runner.sampler import MIN_TEMPERATURE, Sampler
-from footplate.protocol.token_params import TokenParams
+from footplate.backend.runner.sampler import Sampler
+from footplate.backend.step import StepResult
+from footplate.protocol.messages import ErrorKind
+from footplate.protocol.token_params import (
+    LogitAdjustments,
+    LogprobsMode,
+    LogprobsRequest,
+    ProcessorCall,
+    TokenParams,
+)
 
 # Probabilities with exact logarithms to think in: token 2 is the most likely, then 0, 3, 1.
 PROBS = [0.25, 0.0625, 0.5, 0.125]
@@ -64,8 +74,14 @@ def request(position: int = 0, **params: Any) -> Request:
     )
 
 
-def sample(logits: Iterable[Sequence[float]], requests: list[Request]) -> list[int]:
+def step(logits: Iterable[Sequence[float]], requests: list[Request]) -> StepResult:
     return Sampler().sample(torch.tensor(list(logits), dtype=torch.float32), requests)
+
+
+def sample(logits: Iterable[Sequence[float]], requests: list[Request]) -> list[int]:
+    result = step(logits, requests)
+    assert not result.errors
+    return result.token_ids
 
 
 def seen(logits: Sequence[float], count: int = 2000, seed: int = 0, **params: Any) -> Counter[int]:
@@ -307,12 +323,15 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch(
         dtype
     )
     requests = mixed_requests(num_rows)
-    alone = [Sampler().sample(logits[i : i + 1].clone(), [requests[i]])[0] for i in range(num_rows)]
+    alone = [
+        Sampler().sample(logits[i : i + 1].clone(), [requests[i]]).token_ids[0]
+        for i in range(num_rows)
+    ]
     assert len(set(alone)) > 5
     shuffle = random.Random(8)
     for size in (2, 3, 7, num_rows // 2, num_rows):
         rows = shuffle.sample(range(num_rows), size)
-        tokens = Sampler().sample(logits[rows], [requests[row] for row in rows])
+        tokens = Sampler().sample(logits[rows], [requests[row] for row in rows]).token_ids
         assert tokens == [alone[row] for row in rows]
 
 
@@ -331,7 +350,7 @@ def test_the_number_of_threads_does_not_change_a_token() -> None:
     outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        outcomes.append(Sampler().sample(logits.clone(), requests))
+        outcomes.append(Sampler().sample(logits.clone(), requests).token_ids)
     torch.set_num_threads(threads)
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
@@ -341,11 +360,11 @@ def test_the_size_of_blocks_and_heads_does_not_change_a_token(
 ) -> None:
     logits = torch.randn(40, 500, generator=torch.Generator().manual_seed(9))
     requests = mixed_requests(40)
-    usual = Sampler().sample(logits.clone(), requests)
+    usual = Sampler().sample(logits.clone(), requests).token_ids
     for head in (1, 3, 64):
         monkeypatch.setattr(cutoff, "_HEAD", head)
         monkeypatch.setattr(torch_sampling, "_BLOCK_ELEMENTS", {"cpu": 500 * head})
-        assert Sampler().sample(logits.clone(), requests) == usual
+        assert Sampler().sample(logits.clone(), requests).token_ids == usual
 
 
 def test_limits_that_keep_the_same_tokens_choose_the_same_token() -> None:
@@ -370,19 +389,22 @@ def test_seed_and_position_decide_the_token_for_ever() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.9}])
-def test_a_row_that_is_no_distribution_yields_token_0_and_spoils_no_other(
+def test_a_row_that_is_no_distribution_is_an_error_and_spoils_no_other(
     bad: float, params: dict[str, float]
 ) -> None:
     requests = [request(position, **params) for position in range(3)]
     expected = sample([LOGITS] * 3, requests)
-    tokens = sample([LOGITS, [0.0, bad, 9.0, bad, 0.0], LOGITS], requests)
-    assert tokens == [expected[0], 0, expected[2]]
+    result = step([LOGITS, [0.0, bad, 9.0, bad, 0.0], LOGITS], requests)
+    assert result.token_ids == [expected[0], -1, expected[2]]
+    assert {index: error.kind for index, error in result.errors.items()} == {1: ErrorKind.LOGITS}
 
 
-def test_a_row_without_a_possible_token_yields_token_0() -> None:
-    rows = [[-math.inf] * 5, LOGITS]
-    assert sample(rows, [request(), request(temperature=0)])[0] == 0
-    assert sample(rows, [request(temperature=0)] * 2) == [0, 2]
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 1}])
+def test_a_row_without_a_possible_token_is_an_error(params: dict[str, Any]) -> None:
+    result = step([[-math.inf] * 5, LOGITS], [request(**params), request(temperature=0)])
+    assert result.token_ids == [-1, 2]
+    assert result.errors.keys() == {0}
+    assert "no token is possible" in result.errors[0].message
 
 
 def test_impossible_tokens_are_never_chosen() -> None:
@@ -404,7 +426,7 @@ def test_noise_at_the_ends_of_the_unit_interval_chooses_possible_tokens(
 
 
 def test_an_empty_batch_yields_nothing() -> None:
-    assert Sampler().sample(torch.empty(0, 10), []) == []
+    assert Sampler().sample(torch.empty(0, 10), []).token_ids == []
 
 
 def test_a_vocabulary_of_one_token_has_no_choice() -> None:
@@ -416,5 +438,202 @@ def test_a_vocabulary_of_one_token_has_no_choice() -> None:
 def test_a_gpu_chooses_what_the_cpu_chooses() -> None:
     requests = mixed_requests(200)
     logits = torch.tensor([LOGITS] * 200)
-    tokens = Sampler().sample(logits.cuda(), requests)
-    assert tokens == Sampler().sample(logits, requests)
+    tokens = Sampler().sample(logits.cuda(), requests).token_ids
+    assert tokens == Sampler().sample(logits, requests).token_ids
+
+
+# ---- what requests ask for beside a token
+
+
+def special(token_ids: Sequence[int] = (), key: int = 0, **params: Any) -> Request:
+    """A request with an output of its own."""
+    one = request(0, **params)
+    one.key = key
+    one.token_ids += token_ids
+    return one
+
+
+def test_adjusted_rows_are_drawn_from_and_their_neighbours_are_not_touched() -> None:
+    plain = [request(temperature=0), request(5, seed=3)]
+    biased = special(temperature=0, adjustments=LogitAdjustments(logit_bias={4: 9.0}))
+    banned = special(adjustments=LogitAdjustments(allowed_token_ids=(1, 3)), key=1)
+    result = step([LOGITS] * 4, [plain[0], biased, plain[1], banned])
+    assert result.token_ids[:3:2] == sample([LOGITS] * 2, plain)
+    assert result.token_ids[1] == 4
+    assert result.token_ids[3] in {1, 3}
+    assert not result.errors
+
+
+def test_adjusted_rows_are_drawn_as_often_as_they_should() -> None:
+    count, penalised = 20_000, LogitAdjustments(repetition_penalty=2.0, logit_bias={4: -1.0})
+    requests = [request(seed=i, adjustments=penalised) for i in range(count)]
+    for key, one in enumerate(requests):
+        one.key = key
+    counts = Counter(sample([LOGITS] * count, requests))
+    row = [2 * LOGITS[0], *LOGITS[1:4], LOGITS[4] - 1.0]  # token 0 is all there is in the prompt
+    total = sum(map(math.exp, row))
+    chi_square = 0.0
+    for token, logit in enumerate(row):
+        expected = count * math.exp(logit) / total
+        chi_square += (counts[token] - expected) ** 2 / expected
+    assert chi_square < 18.5
+
+
+def test_one_row_fails_and_the_others_have_their_tokens() -> None:
+    impossible = LogitAdjustments(allowed_token_ids=(2,), bad_words=((2,),))
+    no_processor = LogitAdjustments(processors=(ProcessorCall(0, {}),))
+    rows = [
+        request(temperature=0),
+        special(adjustments=impossible, temperature=0),
+        special(adjustments=no_processor, key=1),
+        special(adjustments=LogitAdjustments(logit_bias={2: -9.0}), temperature=0, key=2),
+    ]
+    result = step([LOGITS] * 4, rows)
+    assert (result.token_ids[0], result.token_ids[3]) == (2, 0)
+    kinds = {index: error.kind for index, error in result.errors.items()}
+    assert kinds == {1: ErrorKind.LOGITS, 2: ErrorKind.PROCESSOR}
+    assert "allowed_token_ids, bad_words" in result.errors[1].message
+
+
+def test_masks_that_leave_nothing_are_named_beside_rows_that_were_broken() -> None:
+    impossible = special(adjustments=LogitAdjustments(bad_words=tuple((i,) for i in range(5))))
+    result = step([LOGITS, [math.nan] * 5], [impossible, request()])
+    assert "bad_words" in result.errors[0].message
+    assert "NaN" in result.errors[1].message
+
+
+def test_a_forced_token_needs_no_possible_one() -> None:
+    forced = LogitAdjustments(forced_token_ids=(3,), allowed_token_ids=(0,), bad_words=((0,),))
+    result = step([LOGITS], [special(adjustments=forced)])
+    assert (result.token_ids, result.errors) == ([3], {})
+
+
+class OneByOne:
+    """A grammar of token 1, then 3, and no more."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def start(self) -> "OneByOne":
+        return OneByOne()
+
+    def advance(self, token_ids: Sequence[int]) -> bool:
+        for token_id in token_ids:
+            assert token_id == (1, 3)[self.position]
+            self.position += 1
+        return self.position == 2
+
+    def fill_mask(self, mask: Any) -> None:
+        mask[:] = 1 << (1, 3)[self.position]
+
+
+def test_a_grammar_rules_a_row_and_says_when_it_is_complete() -> None:
+    chooser = Sampler()
+    free, bound = special(temperature=0), special(temperature=0, key=1)
+    bound.grammar = OneByOne()
+    for token_id, complete in ((1, set()), (3, {1})):
+        chooser.prepare([free, bound], 5)
+        result = chooser.sample(torch.tensor([LOGITS] * 2), [free, bound])
+        assert (result.token_ids, result.complete) == ([2, token_id], complete)
+        bound.token_ids.append(token_id)
+        free.token_ids.append(2)
+    chooser.forget([1])
+    assert len(chooser._rows) == 0
+
+
+@pytest.mark.parametrize("mode", LogprobsMode)
+def test_logprobs_are_of_the_token_that_was_drawn(mode: LogprobsMode) -> None:
+    requests = [
+        request(i % 10, seed=i, logprobs=LogprobsRequest(2, (4,), mode=mode), top_k=3)
+        for i in range(50)
+    ]
+    result = step([LOGITS] * 50, requests)
+    for index, token_id in enumerate(result.token_ids):
+        scored = result.logprobs[index]
+        ids = torch.frombuffer(bytearray(scored.token_ids), dtype=torch.int32).tolist()
+        scores = torch.frombuffer(bytearray(scored.logprobs), dtype=torch.float32).tolist()
+        assert ids == [token_id, 2, 0, 4]
+        assert (scored.position, scored.ranks) == (index % 10, [1 + (2, 0, 3).index(token_id)])
+        if mode in (LogprobsMode.RAW_LOGPROBS, LogprobsMode.RAW_LOGITS):
+            assert scores == pytest.approx([LOGITS[i] for i in ids], abs=1e-6)
+        else:
+            # Of the kept three, with 7 / 8 of the mass.
+            shift = math.log(7 / 8) if mode is LogprobsMode.PROCESSED_LOGPROBS else 0.0
+            expected = [LOGITS[i] - shift if i in (0, 2, 3) else -math.inf for i in ids]
+            assert scores == pytest.approx(expected, abs=1e-6)
+
+
+def test_asking_for_logprobs_changes_no_token() -> None:
+    requests = mixed_requests(60)
+    logits = torch.randn(60, 3000, generator=torch.Generator().manual_seed(4)) * 3
+    expected = Sampler().sample(logits.clone(), requests).token_ids
+    for mode in LogprobsMode:
+        for key, one in enumerate(requests):
+            one.key = key
+            wanted = LogprobsRequest(3, mode=mode)
+            one.params = msgspec.structs.replace(one.params, logprobs=wanted)
+        result = Sampler().sample(logits.clone(), requests)
+        assert result.token_ids == expected
+        assert result.logprobs.keys() == set(range(60))
+
+
+def test_the_drawn_token_is_possible_in_processed_logprobs() -> None:
+    wanted = LogprobsRequest(0, mode=LogprobsMode.PROCESSED_LOGPROBS)
+    logits = torch.randn(200, 5000, generator=torch.Generator().manual_seed(2)) * 1e-3
+    requests = [
+        request(i, seed=i, top_p=0.5, top_k=2000, min_p=0.99, logprobs=wanted) for i in range(200)
+    ]
+    result = Sampler().sample(logits, requests)
+    for scored in result.logprobs.values():
+        (score,) = torch.frombuffer(bytearray(scored.logprobs), dtype=torch.float32).tolist()
+        assert math.isfinite(score)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_special_rows_are_the_same_alone_and_in_any_batch(dtype: torch.dtype) -> None:
+    requests = mixed_requests(40)
+    for key, one in enumerate(requests):
+        one.key = key
+        one.params = msgspec.structs.replace(
+            one.params,
+            adjustments=LogitAdjustments(0.5, 0.1, 1.2, {3: 2.0}) if key % 2 else None,
+            logprobs=LogprobsRequest(3, (1,), mode=LogprobsMode(key % 4)) if key % 3 else None,
+        )
+    logits = (torch.randn(40, 20_011, generator=torch.Generator().manual_seed(5)) * 3).to(dtype)
+    alone = [Sampler().sample(logits[i : i + 1].clone(), [requests[i]]) for i in range(40)]
+    shuffle = random.Random(8)
+    for size in (2, 7, 40):
+        rows = shuffle.sample(range(40), size)
+        together = Sampler().sample(logits[rows], [requests[row] for row in rows])
+        assert together.token_ids == [alone[row].token_ids[0] for row in rows]
+        for index, row in enumerate(rows):
+            assert together.logprobs.get(index) == alone[row].logprobs.get(0)
+
+
+def test_rows_that_travel_come_back_to_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = mixed_requests(30)
+    for key, one in enumerate(requests):
+        one.key = key
+        if key % 3:
+            own = LogitAdjustments(logit_bias={key: 9.0}, repetition_penalty=1.5)
+            one.params = msgspec.structs.replace(
+                one.params, adjustments=own, logprobs=LogprobsRequest(3)
+            )
+    logits = torch.randn(30, 500, generator=torch.Generator().manual_seed(5))
+    in_place = Sampler().sample(logits.clone(), requests)
+    monkeypatch.setattr(sampler, "IN_PLACE", frozenset())
+    assert Sampler().sample(logits.clone(), requests) == in_place
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_special_rows_travel_to_the_host_and_back() -> None:
+    adjustments = LogitAdjustments(logit_bias={4: 9.0})
+    requests = [
+        request(temperature=0),
+        special(temperature=0, adjustments=adjustments, logprobs=LogprobsRequest(2)),
+        request(seed=3),
+    ]
+    logits = torch.tensor([LOGITS] * 3)
+    result = Sampler().sample(logits.cuda(), requests)
+    assert result == Sampler().sample(logits, requests)
+    assert result.token_ids[1] == 4
