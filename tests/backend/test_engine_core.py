@@ -15,6 +15,7 @@ from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
     ControlReply,
+    ErrorKind,
     Finished,
     FinishReason,
     GetStats,
@@ -31,6 +32,7 @@ VOCAB_SIZE = 100
 MAX_MODEL_LEN = 40
 NUM_BLOCKS = 32
 LENGTH, ABORT, ERROR = FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ERROR
+INVALID = ErrorKind.INVALID
 
 
 class Clock:
@@ -236,7 +238,7 @@ def test_an_invalid_prompt_is_one_error_and_nothing_else(
     driver.add(ALICE, 1, prompt)
     driver.add(ALICE, 2, [1])
     driver.run()
-    assert driver.ends(ALICE, 1) == [Finished(1, ERROR, problem)]
+    assert driver.ends(ALICE, 1) == [Finished(1, ERROR, problem, INVALID)]
     assert driver.tokens(ALICE, 1) == []
     assert driver.tokens(ALICE, 2) == expected([1], 3)
     assert driver.stats().num_prompt_tokens == 1
@@ -256,7 +258,7 @@ def test_a_handle_in_use_is_refused_and_its_request_goes_on(driver: Driver) -> N
     driver.step()
     driver.add(ALICE, 1, [2])
     driver.run()
-    assert driver.ends(ALICE, 1) == [Finished(1, ERROR, "handle 1 is in use"), Finished(1, LENGTH)]
+    assert driver.ends(ALICE, 1) == [Finished(1, LENGTH)]  # and no other end before it
     assert driver.tokens(ALICE, 1) == expected([1], 3)
 
 

@@ -5,11 +5,11 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from footplate.backend import scheduler as scheduler_module
+from footplate.backend import prefix_cache as prefix_cache_module
 from footplate.backend.block_pool import BlockPool
 from footplate.backend.request import Request, State
 from footplate.backend.scheduler import Scheduler
-from footplate.backend.step import StepPlan
+from footplate.backend.step import StepPlan, StepResult
 from footplate.protocol.config import SchedulerConfig
 from footplate.protocol.messages import FinishReason
 from footplate.protocol.token_params import TokenParams
@@ -56,15 +56,15 @@ class Bench:
         params = msgspec.structs.replace(ENDLESS, **options)
         request = Request(key, b"client", key, list(prompt), len(prompt), params, **fields)
         self.requests.append(request)
-        self.scheduler.add(request)
+        self.scheduler.hold([request])
+        self.scheduler.release([request])
         return request
 
     def step(self) -> StepPlan:
         """One whole step, and a look at the books."""
         plan = self.scheduler.schedule(now=0.0)
-        self.finished = self.scheduler.update(
-            plan, [FIRST_OUTPUT_ID + len(plan.requests[i].token_ids) for i in plan.sampling]
-        )
+        tokens = [FIRST_OUTPUT_ID + len(plan.requests[i].token_ids) for i in plan.sampling]
+        self.finished = self.scheduler.update(plan, StepResult(tokens))
         self.scheduler.check_ledger()
         return plan
 
@@ -577,7 +577,7 @@ def test_with_prefix_caching_off_nothing_is_shared() -> None:
 
 
 def test_a_hash_collision_is_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "prefix_hash", lambda parent, token_ids: b"same")
+    monkeypatch.setattr(prefix_cache_module, "prefix_hash", lambda parent, token_ids: b"same")
     bench = Bench()
     bench.add(PROMPT[:5], max_tokens=1)
     bench.step()
@@ -767,6 +767,10 @@ def test_an_ended_head_of_the_queue_holds_up_nobody() -> None:
     assert small.key in planned(bench.step())
 
 
+def num_kept(bench: Bench) -> int:
+    return len(bench.scheduler._waiting._lines[b"client"].heap)
+
+
 def test_ended_requests_do_not_pile_up_in_the_queue() -> None:
     bench = Bench(max_num_seqs=1)
     bench.add(4)
@@ -774,11 +778,11 @@ def test_ended_requests_do_not_pile_up_in_the_queue() -> None:
     for _ in range(2000):
         request = bench.add(4)
         bench.scheduler.finish(request, FinishReason.ABORT)
-        assert len(bench.scheduler._waiting) <= 65
+        assert num_kept(bench) <= 65
     waiting = [bench.add(4) for _ in range(1000)]
     for count, request in enumerate(reversed(waiting[1:]), 1):
         bench.scheduler.finish(request, FinishReason.ABORT)
-        assert len(bench.scheduler._waiting) <= 2 * (1000 - count) + 65
+        assert num_kept(bench) <= 2 * (1000 - count) + 65
     bench.scheduler.check_ledger()
     bench.abort(bench.requests[0])
     assert list(planned(bench.step())) == [waiting[0].key]
@@ -820,7 +824,7 @@ def test_blocks_change_hands_no_earlier_than_the_runner_is_told() -> None:
     second = bench.add(7, max_tokens=1)
     plan = bench.scheduler.schedule(0.0)
     blocks = set(first.block_ids)
-    bench.scheduler.update(plan, [1000])
+    bench.scheduler.update(plan, StepResult([1000]))
     plan = bench.scheduler.schedule(0.0)
     assert set(second.block_ids) == blocks
     assert plan.released == [first.key]
@@ -831,7 +835,7 @@ def test_the_time_of_first_admission_is_kept_over_preemption() -> None:
     request = bench.add(4, priority=1)
     for now in (1.0, 2.0, 3.0):
         plan = bench.scheduler.schedule(now)
-        bench.scheduler.update(plan, [1000] * len(plan.sampling))
+        bench.scheduler.update(plan, StepResult([1000] * len(plan.sampling)))
         if now == 1.0:
             bench.add(4, priority=0, max_tokens=1)
     assert request.state is State.RUNNING
