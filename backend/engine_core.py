@@ -180,7 +180,7 @@ class EngineCore:
         self._tell_tokens(plan, result)
         for row, error in result.errors.items():
             request = plan.requests[plan.sampling[row]]
-            logger.warning("request %d failed: %s", request.handle, error.message)
+            logger.info("request %d failed: %s", request.handle, error.message)
             del self._requests[request.client][request.handle]
             self._delivery.end(
                 request.client, request.handle, FinishReason.ERROR, error.message, error.kind

@@ -29,7 +29,7 @@ class PrefixCache:
         num_tokens = len(request.token_ids) - 1
         if request.num_scored < request.num_prompt_tokens:
             # The logits that score a position are those of the token before it.
-            num_tokens = min(num_tokens, request.num_scored - 1)
+            num_tokens = min(num_tokens, max(0, request.num_scored - 1))
         return num_tokens // self._block_size
 
     def _find_at_siblings(self, request: Request) -> list[int]:

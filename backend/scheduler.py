@@ -416,10 +416,10 @@ class Scheduler:
 
 
 def _first_to_score(request: Request) -> int:
-    """The first prompt position that needs logits; behind the prompt when none does."""
+    """The first prompt position that is to be computed here; behind the prompt when none is."""
     params = request.params
     if params.skip_reading_prefix_cache:
-        return 1
+        return 0
     if params.logprobs is not None and wants_prompt_logprobs(request):
         return max(1, params.logprobs.prompt_start)
     return request.num_prompt_tokens
