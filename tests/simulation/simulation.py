@@ -46,7 +46,7 @@ class Simulation:
         max_model_len = random.choice((2, 7, 20, 40, 60))
         # From "one request fits" to "nobody is ever preempted".
         num_blocks = -(-max_model_len // block_size) + random.choice((0, 0, 1, 2, 5, 40))
-        caching = random.random() < 0.8
+        caching, can_share = random.random() < 0.8, random.random() < 0.9
         self.max_num_seqs = random.choice((1, 2, 4, 6, 8))
         policy: Literal["fcfs", "priority"] = random.choice(("fcfs", "priority"))
         self.scheduler = SchedulerConfig(
@@ -62,7 +62,8 @@ class Simulation:
             max_num_queued_tokens=random.choice((None, None, *(10 * n for n in limits if n))),
         )
         self.by_priority = self.scheduler.policy == "priority"
-        self.num_blocks, self.block_size, self.caching = num_blocks, block_size, caching
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.caching = caching and can_share
         self.model = ModelFacts(
             model="checking",
             tokenizer="",
@@ -80,7 +81,7 @@ class Simulation:
             RunnerFacts(
                 self.model,
                 num_blocks,
-                supports_prefix_caching=True,
+                supports_prefix_caching=can_share,
                 max_scored_rows=random.choice((1, 4, 1000)),
             ),
             block_size,
@@ -102,25 +103,42 @@ class Simulation:
         self.happened: Counter[str] = Counter()
         self.clients: dict[bytes, ExpectedClient] = {}
         self._names = [b"red", b"green", b"blue"][: random.randint(1, 3)]
+        self._busy, self._bias = random.choice(self._names), 0.6  # the client that does most
         self._prefixes = [self._token_ids(max_model_len) for _ in range(3)]
         self._num_arrivals = 0
         self._num_prompt_tokens = 0
         # Since when two clients have both been waiting, and what they had been served then.
         self._both_wait: dict[tuple[bytes, bytes], int] = {}
         self._waited: dict[bytes, set[int]] = {}
+        self._longest = 0  # of all requests so far, in tokens
 
     def run(self) -> Stats:
         """Random events between the steps, then only steps until every request has ended; the
         books at the end."""
         for name in self._names:
             self._join(name)
+        if self._random.random() < 0.08:
+            # One client has the engine for itself for a while, and then it is everybody's.
+            self._bias = 0.95
+            self._let_time_pass(flood=50)
+            self._drain()
+            self._bias = 0.0
+        self._let_time_pass(flood=50 if self._random.random() < 0.05 or not self._bias else 0)
+        self._drain()
+        return self._close()
+
+    def _let_time_pass(self, flood: int) -> None:
+        """Random events between the steps, and some that come all at once before the first."""
         rate = self._random.choice((0.3, 1.0, 3.0))  # events per step
-        flood = 50 if self._random.random() < 0.05 else 0  # all at once, before the first
         for _ in range(self._random.randint(5, 25)):
             for _ in range(int(self._random.expovariate(1 / rate)) + flood):
                 self._act()
             flood = 0
             self.step()
+            if self._random.random() < 0.1:
+                self._busy = self._random.choice(self._names)
+
+    def _drain(self) -> None:
         # However requests hinder each other, one of them progresses in every step.
         # Who comes late and has an earlier arrival, or less of the service, may undo some of that.
         patience = 3 * sum(s.max_num_steps for s in self._streams())
@@ -128,12 +146,13 @@ class Simulation:
             assert patience >= 0, "no end in sight"
             patience -= 1
             self.step()
-        return self._close()
 
     # ---- what clients do
 
     def _act(self) -> None:
-        name = self._random.choice(self._names)
+        name = (
+            self._busy if self._random.random() < self._bias else self._random.choice(self._names)
+        )
         client = self.clients.get(name)
         if client is None:
             self._join(name)
@@ -189,6 +208,7 @@ class Simulation:
             client.streams[single.handle] = stream
             family.streams.append(stream)
             self._num_arrivals += 1
+            self._longest = max(self._longest, stream.max_num_steps)
             self._num_prompt_tokens += len(message.prompt_token_ids)
         self.happened["prior"] += bool(message.prior_token_ids)
         self.happened["siblings"] += message.n > 1
@@ -362,8 +382,9 @@ class Simulation:
         """The best ranked of those that run progresses, unless a better priority takes its place;
         and the best ranked of all, where nobody comes late and there is one client."""
         best = min((entry for entry in live if entry[3:] in running), default=None)
-        if best is not None and best[3:] not in ran:
-            assert any(entry[0] < best[0] for entry in live if entry[3:] in ran), "no progress"
+        best_to_run = min(entry[0] for entry in live if entry[3:] in ran)
+        assert best is None or best[3:] in ran or best_to_run < best[0], "no progress"
+        assert min(live)[0] == best_to_run, "a worse priority was better served"
         names = {entry[3] for entry in live}
         if len(names) == 1 and not any(s.may_come_late for s in self._streams()):
             assert min(live)[3:] in ran, "the best ranked request did not progress"
@@ -406,7 +427,7 @@ class Simulation:
             for b in waiting
             if a < b
         }
-        most = self.max_num_seqs * self.model.max_model_len
+        most = self.max_num_seqs * self._longest
         for (a, b), before in self._both_wait.items():
             lead = served[a] - served[b] - before
             assert abs(lead) <= 2 * most, "one client is served more than the other"
