@@ -97,13 +97,17 @@ class Admission:
         self._check_params(message.params)
         if message.prior_token_ids:
             self._check_prior(message)
-        _check_seconds("age_s", message.age_s)
-        _check_seconds("ttft_deadline_s", message.ttft_deadline_s)
-        _check_seconds("deadline_s", message.deadline_s)
-        config = self._config
-        num_tokens = len(message.prompt_token_ids)
-        _check_queue("reqs", config.max_num_queued_reqs, backlog.num_requests, message.n)
-        _check_queue("tokens", config.max_num_queued_tokens, backlog.num_tokens, num_tokens)
+        if message.age_s:
+            _check_seconds("age_s", message.age_s)
+        if message.ttft_deadline_s is not None:
+            _check_seconds("ttft_deadline_s", message.ttft_deadline_s)
+        if message.deadline_s is not None:
+            _check_seconds("deadline_s", message.deadline_s)
+        if (limit := self._config.max_num_queued_reqs) is not None:
+            _check_queue("reqs", limit, backlog.num_requests, message.n)
+        if (limit := self._config.max_num_queued_tokens) is not None:
+            num_tokens = len(message.prompt_token_ids)
+            _check_queue("tokens", limit, backlog.num_tokens, num_tokens)
 
     def _check_prompt(self, prompt: list[int]) -> None:
         limit = self._max_model_len
@@ -192,13 +196,13 @@ class Admission:
         self._check_ids(" of logprobs", wanted.token_ids + wanted.prompt_token_ids)
 
 
-def _check_seconds(name: str, seconds: float | None) -> None:
-    if seconds is not None and not 0 <= seconds < inf:  # NaN neither
+def _check_seconds(name: str, seconds: float) -> None:
+    if not 0 <= seconds < inf:  # NaN neither
         raise RefusalError(f"{name} is {seconds}, must be finite and at least 0")
 
 
-def _check_queue(what: str, limit: int | None, count: int, more: int) -> None:
-    if limit is not None and count + more > limit:
+def _check_queue(what: str, limit: int, count: int, more: int) -> None:
+    if count + more > limit:
         raise RefusalError(
             f"{count} are queued and {more} more would exceed max_num_queued_{what}, which is "
             f"{limit}",

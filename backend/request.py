@@ -24,6 +24,8 @@ class State(Enum):
     PREEMPTED = auto()  # lost its KV blocks; will recompute them
     FINISHED = auto()  # holds no KV blocks; out of the scheduler
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own is a Python function
+
 
 class Event(Enum):
     """What moves a request from state to state."""
@@ -32,6 +34,8 @@ class Event(Enum):
     ADMIT = auto()
     PREEMPT = auto()
     FINISH = auto()
+
+    __hash__ = object.__hash__
 
 
 # The whole life of a request. What is not in this table is a bug.

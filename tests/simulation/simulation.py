@@ -130,7 +130,7 @@ class Simulation:
     def _let_time_pass(self, flood: int) -> None:
         """Random events between the steps, and some that come all at once before the first."""
         rate = self._random.choice((0.3, 1.0, 3.0))  # events per step
-        for _ in range(self._random.randint(5, 25)):
+        for _ in range(self._random.randint(5, 20)):
             for _ in range(int(self._random.expovariate(1 / rate)) + flood):
                 self._act()
             flood = 0

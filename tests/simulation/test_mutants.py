@@ -1,4 +1,5 @@
-"""The simulation can fail: each of these one-line mistakes is noticed within a thousand schedules, most within a few."""
+"""The simulation can fail: each of these one-line mistakes is noticed within a thousand schedules,
+and most within a few."""
 
 import inspect
 import textwrap
