@@ -14,6 +14,7 @@ from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Event, Request, State
 from footplate.backend.siblings import Siblings
 from footplate.backend.step import StepPlan, StepResult, produced, wants_prompt_logprobs
+from footplate.backend.stopping import reason_to_stop
 from footplate.backend.waiting_queue import WaitingQueue
 from footplate.protocol.config import SchedulerConfig
 from footplate.protocol.messages import FinishReason
@@ -97,7 +98,9 @@ class Scheduler:
             request.num_scored = min(_first_to_score(request), request.num_prompt_tokens)
         if len(requests) > 1:
             num_full = (num_tokens - 1) // self._block_size
-            Siblings(requests, num_full if self._can_share else 0)
+            siblings = Siblings(requests, num_full if self._can_share else 0)
+            for request in requests:
+                request.siblings = siblings
         self._num_held += len(requests)
         self.backlog.enter(requests)
 
@@ -196,8 +199,11 @@ class Scheduler:
         return count
 
     def _lift_cap(self, plan: StepPlan) -> None:
-        """Whoever could take part has been asked by now. A prompt that is alone gets it all; its
-        blocks are there, since they are handed out with its admission."""
+        """Give a prompt that turned out to be alone the whole budget.
+
+        Only now everybody who could take part has been asked. Its blocks are there: a prompt gets
+        all of them with its admission.
+        """
         [request] = plan.requests
         count = self._chunk(request, self._config.max_num_batched_tokens, is_alone=True)
         plan.num_new_tokens = [count]
@@ -344,7 +350,7 @@ class Scheduler:
                 token_id in request.params.stop_token_ids
                 or len(token_ids) >= request.max_num_tokens
                 or request.repetition is not None
-            ) and (reason := self._reason_to_stop(request, token_id)) is not None:
+            ) and (reason := reason_to_stop(request, token_id)) is not None:
                 self._end(request, reason)
                 finished.append(request)
         for row in result.complete:
@@ -376,17 +382,6 @@ class Scheduler:
                 for sibling in request.siblings.let_go():
                     self._queue(sibling)
 
-    def _reason_to_stop(self, request: Request, token_id: int) -> FinishReason | None:
-        params, num_output_tokens = request.params, request.num_output_tokens
-        is_repeating = request.repetition is not None and request.repetition.advance(token_id)
-        if token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
-            return FinishReason.STOP
-        if len(request.token_ids) >= request.max_num_tokens:
-            return FinishReason.LENGTH
-        if is_repeating and num_output_tokens >= params.min_tokens:
-            return FinishReason.REPETITION
-        return None
-
     def _complete(self, request: Request, finished: list[Request]) -> None:
         """Its grammar has come to its end, which comes before any other reason to stop."""
         if request.state is State.RUNNING:
@@ -399,7 +394,8 @@ class Scheduler:
         self._waiting.check_ledger()
         waiting = list(self._waiting)
         assert {r.state for r in self._running} <= {State.RUNNING}
-        assert not {r.key for r in self._running} & {r.key for r in waiting}
+        keys = {r.key for r in self._running}
+        assert keys.isdisjoint(r.key for r in waiting)
         assert self._running == sorted(self._running, key=self._waiting.rank)
         for request in waiting:
             assert not request.block_ids
@@ -408,6 +404,9 @@ class Scheduler:
             assert request.num_computed_tokens < len(request.token_ids) < request.max_num_tokens
             assert request.num_computed_tokens <= len(request.block_ids) * self._block_size
             assert request.num_registered_blocks <= request.num_computed_tokens // self._block_size
+        for request in (*self._running, *waiting):
+            if request.siblings is not None:
+                request.siblings.check_ledger(keys)
         new = [r for r in waiting if r.state is State.WAITING]
         assert len(new) <= self.backlog.num_requests <= len(new) + self._num_held
         assert self.backlog.num_tokens >= 0

@@ -1,6 +1,7 @@
 """The `n` requests of one AddRequest: one prompt, computed once."""
 
 from collections import deque
+from collections.abc import Container
 
 from footplate.backend.request import Request, State
 from footplate.backend.step import wants_prompt_logprobs
@@ -29,8 +30,6 @@ class Siblings:
         self._held = deque(others if waits else ())
         self._ready = [first] if waits else requests
         self._running: dict[int, Request] = {}
-        for request in requests:
-            request.siblings = self
         for request in others:
             request.num_scored = request.num_prompt_tokens
 
@@ -73,3 +72,9 @@ class Siblings:
             if num_tokens and request.num_computed_tokens >= num_tokens:
                 return request
         return None
+
+    def check_ledger(self, running: Container[int]) -> None:
+        """Assert what must hold between two steps, given the keys of all that run. For tests."""
+        assert all(key in running for key in self._running)
+        assert {request.state for request in self._held} <= {State.HELD, State.FINISHED}
+        assert self.num_queued >= 0

@@ -382,7 +382,8 @@ class Simulation:
         """The best ranked of those that run progresses, unless a better priority takes its place;
         and the best ranked of all, where nobody comes late and there is one client."""
         best = min((entry for entry in live if entry[3:] in running), default=None)
-        best_to_run = min(entry[0] for entry in live if entry[3:] in ran)
+        best_to_run = min((entry[0] for entry in live if entry[3:] in ran), default=None)
+        assert best_to_run is not None, "nobody progressed"
         assert best is None or best[3:] in ran or best_to_run < best[0], "no progress"
         assert min(live)[0] == best_to_run, "a worse priority was better served"
         names = {entry[3] for entry in live}
