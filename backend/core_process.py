@@ -100,7 +100,12 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
     processors = load_processors(config.requests.logits_processors)
     runner = load_runner(config.model, config.cache, config.scheduler, phases.enter, processors)
     core = EngineCore(
-        runner, config.cache, config.scheduler, epoch=secrets.randbits(63), clock=time.monotonic
+        runner,
+        config.cache,
+        config.scheduler,
+        epoch=secrets.randbits(63),
+        clock=time.monotonic,
+        requests=config.requests,
     )
     welcome = Welcome(
         epoch=core.epoch,
@@ -109,6 +114,7 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
         limits=core.limits,
         process_id=os.getpid(),
         phases=phases.finish(),
+        requests=config.requests,
     )
     gc.freeze()  # nor need it do so later
     gc.enable()
@@ -151,7 +157,8 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
 def _patience(core: EngineCore, outbox: Outbox) -> float | None:
     if core.has_work:
         return 0
-    return BACKLOG_RETRY_S if outbox.has_backlog else None
+    waits = (BACKLOG_RETRY_S if outbox.has_backlog else None, core.seconds_to_deadline)
+    return min((seconds for seconds in waits if seconds is not None), default=None)
 
 
 class _PhaseTimer:

@@ -2,20 +2,21 @@
 tests drive it with plain calls, `core_process` drives it with ZeroMQ.
 """
 
+import logging
 from collections.abc import Callable
 
-import msgspec
-
+from footplate.backend.admission import Admission, RefusalError, handles_of, make_requests
 from footplate.backend.block_pool import BlockPool
+from footplate.backend.deadlines import Deadlines
+from footplate.backend.delivery import Delivery
 from footplate.backend.request import Request
 from footplate.backend.scheduler import Scheduler
-from footplate.backend.step import ModelRunner
-from footplate.protocol.config import CacheConfig, SchedulerConfig
+from footplate.backend.step import ModelRunner, StepPlan, StepResult, produced
+from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfig
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
     ControlReply,
-    Finished,
     FinishReason,
     GetStats,
     Limits,
@@ -25,24 +26,16 @@ from footplate.protocol.messages import (
     StepOutputs,
 )
 
+logger = logging.getLogger(__name__)
+
 ClientId = bytes
 Requested = AddRequest | AbortRequests | ResetPrefixCache | GetStats
-
-
-class _Columns(msgspec.Struct):
-    """What one client is to be told at the next border between two steps."""
-
-    handles: list[int] = []
-    positions: list[int] = []
-    token_ids: list[int] = []
-    started: list[Started] = []
-    finished: list[Finished] = []
 
 
 class EngineCore:
     """Owns the live requests of every client, by client and handle.
 
-    Every AddRequest gets exactly one `Finished`, whatever happens to it.
+    Every handle of every AddRequest gets exactly one `Finished`, whatever happens to it.
     """
 
     def __init__(
@@ -52,6 +45,7 @@ class EngineCore:
         scheduler: SchedulerConfig,
         epoch: int,
         clock: Callable[[], float],
+        requests: RequestConfig = RequestConfig(),  # noqa: B008 (frozen)
     ) -> None:
         facts = runner.facts
         caching = cache.enable_prefix_caching and facts.supports_prefix_caching
@@ -68,9 +62,18 @@ class EngineCore:
         self._runner = runner
         self._clock = clock  # monotonic, seconds
         self._pool = BlockPool(facts.num_kv_blocks, cache.block_size)
-        self._scheduler = Scheduler(scheduler, self._pool, facts.model.max_model_len, caching)
+        self._scheduler = Scheduler(
+            scheduler,
+            self._pool,
+            facts.model.max_model_len,
+            caching,
+            facts.supports_prefix_caching,
+            facts.max_scored_rows,
+        )
+        self._admission = Admission(facts.model, requests)
+        self._deadlines = Deadlines()
+        self._delivery = Delivery(epoch)
         self._requests: dict[ClientId, dict[int, Request]] = {}
-        self._columns: dict[ClientId, _Columns] = {}
         self._num_keys = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -78,8 +81,14 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do."""
-        return self._scheduler.has_work or bool(self._columns)
+        """Whether `step` has anything to do now."""
+        return self._scheduler.has_work or bool(self._delivery)
+
+    @property
+    def seconds_to_deadline(self) -> float | None:
+        """How long `step` may be left uncalled when there is no work; None is for ever."""
+        due = self._deadlines.next_due
+        return None if due is None else max(0.0, due - self._clock())
 
     # ---- what clients say
 
@@ -92,7 +101,8 @@ class EngineCore:
         """Free everything a client held, and forget it. Unknown clients are no error."""
         for request in self._requests.pop(client, {}).values():
             self._scheduler.finish(request, FinishReason.ABORT)
-        self._columns.pop(client, None)
+        self._scheduler.forget(client)
+        self._delivery.forget(client)
 
     def handle(self, client: ClientId, message: Requested) -> ControlReply | None:
         """Apply one message. Control calls are answered at once."""
@@ -104,9 +114,8 @@ class EngineCore:
                 self._add(client, requests, message)
             case AbortRequests(handles=handles):
                 for handle in handles:
-                    if request := requests.pop(handle, None):
-                        self._scheduler.finish(request, FinishReason.ABORT)
-                        self._tell_end(client, handle, FinishReason.ABORT)
+                    if request := requests.get(handle):
+                        self._finish(request, FinishReason.ABORT)
             case ResetPrefixCache(call=call):
                 ok = self._pool.forget_cached()
                 return ControlReply(call, ok, "" if ok else "requests are running")
@@ -114,48 +123,39 @@ class EngineCore:
                 return ControlReply(call, True, stats=self.stats())
         return None
 
-    def _add(self, client: ClientId, requests: dict[int, Request], message: AddRequest) -> None:
-        if problem := self._why_invalid(requests, message):
-            self._tell_end(client, message.handle, FinishReason.ERROR, problem)
+    def _add(self, client: ClientId, live: dict[int, Request], message: AddRequest) -> None:
+        try:
+            self._admission.check(message, live, self._scheduler.backlog)
+        except RefusalError as refusal:
+            logger.info("request %d refused: %s", message.handle, refusal)
+            for handle in handles_of(message):
+                # The end of one that goes on would be a lie.
+                if handle not in live:
+                    words = str(refusal), refusal.kind
+                    self._delivery.end(client, handle, FinishReason.ERROR, *words)
             return
-        self._num_keys += 1
-        requests[message.handle] = request = Request(
-            key=self._num_keys,
-            client=client,
-            handle=message.handle,
-            token_ids=list(message.prompt_token_ids),  # grows; a message does not
-            num_prompt_tokens=len(message.prompt_token_ids),
-            params=message.params,
-            priority=message.priority,
-            cache_salt=message.cache_salt,
-            arrival_time=self._clock(),
-        )
-        self._num_prompt_tokens += request.num_prompt_tokens
-        self._scheduler.add(request)
+        requests = make_requests(client, message, self._num_keys + 1, self._clock())
+        self._num_keys += len(requests)
+        for request in requests:
+            live[request.handle] = request
+            self._num_prompt_tokens += request.num_prompt_tokens
+            if message.ttft_deadline_s is not None or message.deadline_s is not None:
+                self._deadlines.add(request, message.ttft_deadline_s, message.deadline_s)
+        self._scheduler.hold(requests)
+        self._enter(requests)
 
-    def _why_invalid(self, requests: dict[int, Request], message: AddRequest) -> str:
-        """The client has checked all this with better words; a core that believed it could be
-        ended by one bad client."""
-        prompt, limit = message.prompt_token_ids, self.model.max_model_len
-        if message.handle in requests:
-            return f"handle {message.handle} is in use"
-        if not 0 < len(prompt) < limit:
-            return f"the prompt has {len(prompt)} tokens, must be 1 to {limit - 1}"
-        if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
-            return f"token ids must be 0 to {self.model.vocab_size - 1}"
-        return ""
+    def _enter(self, requests: list[Request]) -> None:
+        """Let a request, or the siblings of one prompt, into the queue: it has all that it needs.
 
-    def _tell_end(
-        self, client: ClientId, handle: int, reason: FinishReason, message: str = ""
-    ) -> None:
-        columns = self._columns_of(client)
-        columns.finished.append(Finished(handle, reason, message))
+        Until then it is held: it keeps its place, and can end.
+        """
+        self._scheduler.release(requests)
 
-    def _columns_of(self, client: ClientId) -> _Columns:
-        columns = self._columns.get(client)
-        if columns is None:
-            columns = self._columns[client] = _Columns()
-        return columns
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request between two steps."""
+        self._scheduler.finish(request, reason)
+        del self._requests[request.client][request.handle]
+        self._delivery.end(request.client, request.handle, reason)
 
     # ---- one step
 
@@ -165,28 +165,52 @@ class EngineCore:
         Every running request advances by one token, or by one chunk of its prompt. New requests
         join and finished ones leave between two calls, never inside one.
         """
-        plan = self._scheduler.schedule(self._clock())
-        sampled = self._runner.execute(plan).token_ids
+        now = self._clock()
+        for request in self._deadlines.take_overdue(now):
+            self._finish(request, FinishReason.DEADLINE)
+        plan = self._scheduler.schedule(now)
+        result = self._runner.execute(plan)
         if not plan.requests:
             return
         self._num_steps += 1
-        self._num_generation_tokens += len(sampled)
-        any_finished = self._scheduler.update(plan, sampled)
+        finished = self._scheduler.update(plan, result)
+        for index, rows in result.prompt_logprobs.items():
+            request = plan.requests[index]
+            self._delivery.score_prompt(request.client, request.handle, rows)
+        self._tell_tokens(plan, result)
+        for row, error in result.errors.items():
+            request = plan.requests[plan.sampling[row]]
+            logger.info("request %d failed: %s", request.handle, error.message)
+            del self._requests[request.client][request.handle]
+            self._delivery.end(
+                request.client, request.handle, FinishReason.ERROR, error.message, error.kind
+            )
+        for request in finished:
+            assert request.finish_reason is not None
+            del self._requests[request.client][request.handle]
+            self._delivery.end(request.client, request.handle, request.finish_reason)
+
+    def _tell_tokens(self, plan: StepPlan, result: StepResult) -> None:
         now = self._clock()
-        producers = [plan.requests[index] for index in plan.sampling]
-        for request, token_id in zip(producers, sampled, strict=True):
-            columns = self._columns.get(request.client) or self._columns_of(request.client)
+        pairs = produced(plan, result)
+        self._num_generation_tokens += len(pairs)
+        scored = {
+            plan.requests[plan.sampling[row]].key: rows for row, rows in result.logprobs.items()
+        }
+        client = None
+        for request, token_id in pairs:
+            if request.client != client:
+                client = request.client
+                columns = self._delivery.to(client)
             position = len(request.token_ids) - request.num_prompt_tokens - 1
             columns.handles.append(request.handle)
             columns.positions.append(position)
             columns.token_ids.append(token_id)
-            if not position:
+            if position == request.num_prior_tokens:
                 columns.started.append(self._started(request, now))
-        if any_finished:
-            for request in producers:
-                if request.finish_reason is not None:
-                    del self._requests[request.client][request.handle]
-                    self._tell_end(request.client, request.handle, request.finish_reason)
+            if scored and (rows := scored.get(request.key)):
+                self._delivery.score(request.client, request.handle, position, rows)
+                client = None  # these columns may be full
 
     def _started(self, request: Request, now: float) -> Started:
         return Started(
@@ -198,18 +222,7 @@ class EngineCore:
 
     def take_outputs(self) -> list[tuple[ClientId, StepOutputs]]:
         """What every client is to be told; each output is handed out once."""
-        if not self._columns:
-            return []
-        taken, self._columns = self._columns, {}
-        return [
-            (
-                client,
-                StepOutputs(
-                    self.epoch, c.handles, c.positions, c.token_ids, [], c.started, c.finished
-                ),
-            )
-            for client, c in taken.items()
-        ]
+        return self._delivery.take()
 
     def stats(self, num_bad_messages: int = 0) -> Stats:
         """The books, as they stand between two steps."""

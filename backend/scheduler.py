@@ -6,21 +6,34 @@ et al., SOSP '23). Pure: requests in, plans out; no tensors, sockets, threads or
 """
 
 from bisect import insort
-from heapq import heapify, heappop, heappush
 
-from footplate.backend.block_pool import BlockPool, prefix_hash, root_hash
+from footplate.backend.backlog import Backlog
+from footplate.backend.block_pool import BlockPool
+from footplate.backend.prefix_cache import PrefixCache
+from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Event, Request, State
-from footplate.backend.step import StepPlan
+from footplate.backend.siblings import Siblings
+from footplate.backend.step import StepPlan, StepResult, produced, wants_prompt_logprobs
+from footplate.backend.stopping import reason_to_stop
+from footplate.backend.waiting_queue import WaitingQueue
 from footplate.protocol.config import SchedulerConfig
 from footplate.protocol.messages import FinishReason
+
+NO_LIMIT = 2**31 - 1
 
 
 class Scheduler:
     """Writes requests, and decides through the block pool who holds which block.
 
-    Everyone has a rank: (priority, arrival) under the priority policy, arrival alone under
-    first-come. `running` is sorted by rank, the waiting queue is a heap by rank. The best ranked
-    request always progresses, whatever happens to the others, so nothing deadlocks or starves.
+    Everyone has a rank: (priority, arrival time) under the priority policy, arrival time alone
+    under first-come. `running` is sorted by rank, and its last is the first to lose its blocks; who
+    is next of those that wait is the waiting queue's to say. The best ranked running request always
+    progresses, whatever happens to the others, so nothing deadlocks.
+
+    Args:
+        enable_prefix_caching: whether blocks are found again by what they hold.
+        blocks_can_be_shared: False where state is not addressed by block: not by siblings either.
+        max_scored_rows: see `RunnerFacts`.
     """
 
     def __init__(
@@ -29,6 +42,8 @@ class Scheduler:
         pool: BlockPool,
         max_model_len: int,
         enable_prefix_caching: bool = True,
+        blocks_can_be_shared: bool = True,
+        max_scored_rows: int = NO_LIMIT,
     ) -> None:
         assert max_model_len <= pool.num_blocks * pool.block_size, "one request must always fit"
         # Every running request gets at least one token in every step.
@@ -39,12 +54,16 @@ class Scheduler:
         self._block_size = pool.block_size
         self._max_model_len = max_model_len
         self._caching = enable_prefix_caching
+        self._cache = PrefixCache(pool, enable_prefix_caching)
+        self._can_share = blocks_can_be_shared
+        self._max_scored_rows = max_scored_rows
         self._running: list[Request] = []
-        # Finished requests stay in the heap until they surface or are too many.
-        self._waiting: list[tuple[tuple[int, int], Request]] = []
-        self._num_waiting = 0
+        self._waiting = WaitingQueue(self._by_priority)
+        self._num_held = 0
         self._num_arrivals = 0
+        self._scoring: list[Request] = []  # of the current plan, with prompt positions to score
         self._released: list[int] = []
+        self.backlog = Backlog()
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens
         self.prefix_cache_hits = 0  # tokens
@@ -56,54 +75,74 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that hold none: new, or preempted."""
-        return self._num_waiting
+        """Requests that hold none: held, new, or preempted."""
+        return len(self._waiting) + self._num_held
 
     @property
     def has_work(self) -> bool:
         """Whether a step would compute anything, or tell the runner anything."""
-        return bool(self._running or self._num_waiting or self._released)
-
-    def _rank(self, request: Request) -> tuple[int, int]:
-        return (request.priority if self._by_priority else 0, request.arrival)
+        return bool(self._running or self._waiting or self._released)
 
     # ---- requests come and go
 
-    def add(self, request: Request) -> None:
-        """Queue a new request."""
-        assert 0 < len(request.token_ids) < self._max_model_len
-        request.arrival = self._num_arrivals
-        self._num_arrivals += 1
-        self._enqueue(request)
+    def hold(self, requests: list[Request]) -> None:
+        """Take in a new request, or all the siblings of one prompt. They keep their place, but
+        wait to be released."""
+        num_tokens = len(requests[0].token_ids)
+        assert 0 < num_tokens < self._max_model_len
+        for request in requests:
+            request.arrival = self._num_arrivals
+            self._num_arrivals += 1
+            end = request.num_prompt_tokens + request.params.max_tokens
+            request.max_num_tokens = min(end, self._max_model_len)
+            request.num_scored = min(_first_to_score(request), request.num_prompt_tokens)
+        if len(requests) > 1:
+            num_full = (num_tokens - 1) // self._block_size
+            siblings = Siblings(requests, num_full if self._can_share else 0)
+            for request in requests:
+                request.siblings = siblings
+        self._num_held += len(requests)
+        self.backlog.enter(requests)
+
+    def release(self, requests: list[Request]) -> None:
+        """Queue what was held, as far as it has not ended and need not wait for a sibling."""
+        siblings = requests[0].siblings
+        for request in requests if siblings is None else siblings.ready:
+            if request.state is State.HELD:
+                self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        self._num_held -= 1
+        request.advance(Event.RELEASE)
+        self._waiting.push(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request from outside, between two steps."""
-        if request.state is State.RUNNING:
+        state = request.state
+        if state is State.RUNNING:
             self._running.remove(request)
-        else:
-            self._num_waiting -= 1
+        elif state is State.HELD:
+            self._num_held -= 1
         self._end(request, reason)
-        if len(self._waiting) > 2 * self._num_waiting + 64:
-            self._waiting = [w for w in self._waiting if w[1].state is not State.FINISHED]
-            heapify(self._waiting)
+        if state is State.WAITING or state is State.PREEMPTED:
+            self._waiting.discard(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
+        was_held = request.state is State.HELD
         if request.state is State.RUNNING:
             self._take_blocks_from(request)
         request.advance(Event.FINISH)
         request.finish_reason = reason
+        if request.num_cached_tokens < 0:
+            self.backlog.leave(request)
+        if request.siblings is not None:
+            heir = request.siblings.replace(request)
+            if heir is not None and not was_held:
+                self._queue(heir)
 
-    def _enqueue(self, request: Request) -> None:
-        heappush(self._waiting, (self._rank(request), request))
-        self._num_waiting += 1
-
-    def _peek_waiting(self) -> Request | None:
-        while self._waiting:
-            request = self._waiting[0][1]
-            if request.state is not State.FINISHED:
-                return request
-            heappop(self._waiting)
-        return None
+    def forget(self, client: bytes) -> None:
+        """A client has left, and its requests have ended."""
+        self._waiting.forget(client)
 
     # ---- before a step
 
@@ -114,10 +153,13 @@ class Scheduler:
         leaves goes to waiting ones, as long as slots and blocks last.
         """
         plan = StepPlan()
+        self._scoring.clear()
         if self._by_priority:
             self._admit_urgent(now)
         budget = self._plan_running(plan, self._config.max_num_batched_tokens)
         self._admit_waiting(plan, budget, now)
+        if len(plan.requests) == 1 and self._config.long_prefill_token_threshold:
+            self._lift_cap(plan)
         # Last, so that it covers who was preempted just now, even if readmitted at once.
         plan.released, self._released = self._released, []
         return plan
@@ -129,9 +171,11 @@ class Scheduler:
             request = running[index]
             num_tokens = len(request.token_ids)
             start = request.num_computed_tokens
-            # A long prompt's chunk leaves one token for everyone who comes after it: nobody's
-            # decode stalls behind a prefill.
-            count = min(num_tokens - start, budget - (len(running) - index - 1))
+            count = num_tokens - start
+            if count > 1:
+                # A long prompt's chunk leaves one token for everyone who comes after it: nobody's
+                # decode stalls behind a prefill.
+                count = self._chunk(request, budget - (len(running) - index - 1))
             end = start + count
             if end > len(request.block_ids) * block_size and not self._grow(request, end):
                 break  # it was the last in rank, and has been preempted itself
@@ -142,6 +186,29 @@ class Scheduler:
             budget -= count
             index += 1
         return budget
+
+    def _chunk(self, request: Request, budget: int, is_alone: bool = False) -> int:
+        """How many tokens of a prompt to compute now."""
+        count = min(len(request.token_ids) - request.num_computed_tokens, budget)
+        if (cap := self._config.long_prefill_token_threshold) and not is_alone:
+            count = min(count, cap)
+        if request.num_scored < request.num_prompt_tokens:
+            self._scoring.append(request)
+            if wants_prompt_logprobs(request):
+                count = min(count, self._max_scored_rows)
+        return count
+
+    def _lift_cap(self, plan: StepPlan) -> None:
+        """Give a prompt that turned out to be alone the whole budget.
+
+        Only now everybody who could take part has been asked. Its blocks are there: a prompt gets
+        all of them with its admission.
+        """
+        [request] = plan.requests
+        count = self._chunk(request, self._config.max_num_batched_tokens, is_alone=True)
+        plan.num_new_tokens = [count]
+        if request.num_computed_tokens + count == len(request.token_ids):
+            plan.sampling = [0]
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Give a running request room for `num_tokens`; preempt the last in rank until there is.
@@ -160,7 +227,7 @@ class Scheduler:
         self._take_blocks_from(request)
         request.advance(Event.PREEMPT)
         self.num_preemptions += 1
-        self._enqueue(request)
+        self._waiting.push(request)
 
     def _take_blocks_from(self, request: Request) -> None:
         self._pool.release(request.block_ids)
@@ -168,10 +235,12 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_registered_blocks = 0
         self._released.append(request.key)
+        if request.siblings is not None:
+            request.siblings.displaced(request)
 
     def _admit_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
-        while budget > 0 and (request := self._peek_waiting()) and self._try_admit(request, now):
-            count = min(len(request.token_ids) - request.num_computed_tokens, budget)
+        while budget > 0 and (request := self._waiting.peek()) and self._try_admit(request, now):
+            count = self._chunk(request, budget)
             if request.num_computed_tokens + count == len(request.token_ids):
                 plan.sampling.append(len(plan.requests))
             plan.requests.append(request)
@@ -184,7 +253,7 @@ class Scheduler:
         It is admitted before the budget is dealt out by rank, or the long prompt of a worse
         request would keep it waiting to its end.
         """
-        while (urgent := self._peek_waiting()) and self._worse_than(urgent):
+        while (urgent := self._waiting.peek()) and self._worse_than(urgent):
             if not self._try_admit(urgent, now):
                 if not self._would_fit_instead_of_worse(urgent):
                     return
@@ -201,7 +270,7 @@ class Scheduler:
             if better.priority <= request.priority
             for block in better.block_ids
         }
-        shared = sum(block in held for block in self._find_cached_prefix(request))
+        shared = sum(block in held for block in self._cache.find(request))
         missing = self._num_blocks_for(len(request.token_ids)) - shared
         return missing <= self._pool.num_blocks - len(held)
 
@@ -209,11 +278,10 @@ class Scheduler:
         """Admit the first of the waiting, if there is a slot and there are blocks."""
         if len(self._running) >= self._config.max_num_seqs:
             return False
-        cached = self._find_cached_prefix(request)
+        cached = self._cache.find(request)
         if not self._fits(request, cached):
             return False
-        heappop(self._waiting)
-        self._num_waiting -= 1
+        self._waiting.pop()
         self._admit(request, cached, now)
         return True
 
@@ -226,13 +294,28 @@ class Scheduler:
         request.num_registered_blocks = len(cached)
         request.num_computed_tokens = len(cached) * self._block_size
         if request.num_cached_tokens < 0:
-            request.num_cached_tokens = request.num_computed_tokens
-            request.scheduled_time = now
-            if self._caching:
-                self.prefix_cache_queries += request.num_prompt_tokens
-                self.prefix_cache_hits += request.num_computed_tokens
+            self._admit_first(request, now)
         request.advance(Event.ADMIT)
-        insort(self._running, request, key=self._rank)
+        insort(self._running, request, key=self._waiting.rank)
+        if request.siblings is not None:
+            request.siblings.admitted(request)
+
+    def _admit_first(self, request: Request, now: float) -> None:
+        """What happens to a request only once: it is going to have its first step."""
+        self.backlog.leave(request)
+        # A message and siblings have the list too, and from here on it grows.
+        request.token_ids = request.token_ids.copy()
+        request.scheduled_time = now
+        num_prompt_tokens = request.num_prompt_tokens
+        request.num_cached_tokens = min(request.num_computed_tokens, num_prompt_tokens)
+        if request.params.repetition is not None:
+            output = request.token_ids[num_prompt_tokens:]
+            request.repetition = RepetitionDetector(request.params.repetition, output)
+        if self._caching:
+            self.prefix_cache_queries += num_prompt_tokens
+            self.prefix_cache_hits += request.num_cached_tokens
+        num_left = len(request.token_ids) - request.num_computed_tokens
+        self._waiting.serve(request.client, num_left)
 
     def _fits(self, request: Request, cached: list[int]) -> bool:
         missing = self._num_blocks_for(len(request.token_ids)) - len(cached)
@@ -241,91 +324,101 @@ class Scheduler:
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    # ---- the prefix cache
-
-    def _find_cached_prefix(self, request: Request) -> list[int]:
-        """Blocks that hold the longest cached prefix. At least one token is left to compute:
-        its logits are what the next token is sampled from."""
-        if not self._caching:
-            return []
-        found: list[int] = []
-        size = self._block_size
-        for index in range((len(request.token_ids) - 1) // size):
-            block = self._pool.find(
-                self._block_hash(request, index),
-                request.token_ids[index * size : (index + 1) * size],
-            )
-            if block is None:
-                break
-            found.append(block)
-        return found
-
-    def _block_hash(self, request: Request, index: int) -> bytes:
-        hashes, size = request.block_hashes, self._block_size
-        while len(hashes) <= index:
-            parent = hashes[-1] if hashes else root_hash(request.cache_salt)
-            start = len(hashes) * size
-            hashes.append(prefix_hash(parent, request.token_ids[start : start + size]))
-        return hashes[index]
-
-    def _register_full_blocks(self, request: Request, num_full: int) -> None:
-        size = self._block_size
-        for index in range(request.num_registered_blocks, num_full):
-            tokens = request.token_ids[index * size : (index + 1) * size]
-            self._pool.register(request.block_ids[index], self._block_hash(request, index), tokens)
-        request.num_registered_blocks = num_full
-
     # ---- after a step
 
-    def update(self, plan: StepPlan, sampled: list[int]) -> bool:
-        """Apply what the runner computed for `plan`; return whether any request finished.
+    def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
+        """Apply what the runner computed for `plan`; return who finished with a token.
 
-        Requests that finished have left the scheduler and carry their `finish_reason`.
+        They have left the scheduler and carry their `finish_reason`; so have those of
+        `result.errors`, which got none.
         """
+        for row in result.errors:
+            # Before its blocks get names: what it computed last may be what is wrong.
+            self.finish(plan.requests[plan.sampling[row]], FinishReason.ERROR)
+        self._count_computed(plan)
+        pairs = produced(plan, result)
+        if self._num_held:
+            self._release_siblings(pairs)
+        if self._waiting.is_shared:
+            for request, _ in pairs:
+                self._waiting.serve(request.client, 1)
+        finished = []
+        for request, token_id in pairs:
+            token_ids = request.token_ids
+            token_ids.append(token_id)
+            if (
+                token_id in request.params.stop_token_ids
+                or len(token_ids) >= request.max_num_tokens
+                or request.repetition is not None
+            ) and (reason := reason_to_stop(request, token_id)) is not None:
+                self._end(request, reason)
+                finished.append(request)
+        for row in result.complete:
+            if row not in result.errors:
+                self._complete(plan.requests[plan.sampling[row]], finished)
+        if finished:
+            self._running = [r for r in self._running if r.state is State.RUNNING]
+        return finished
+
+    def _count_computed(self, plan: StepPlan) -> None:
         block_size, caching = self._block_size, self._caching
         for request, count in zip(plan.requests, plan.num_new_tokens, strict=True):
             request.num_computed_tokens += count
             num_full = request.num_computed_tokens // block_size
-            if caching and num_full > request.num_registered_blocks:
-                self._register_full_blocks(request, num_full)
-        any_finished = False
-        for index, token_id in zip(plan.sampling, sampled, strict=True):
-            request = plan.requests[index]
-            request.token_ids.append(token_id)
-            reason = self._reason_to_stop(request, token_id)
-            if reason is not None:
-                self._end(request, reason)
-                any_finished = True
-        if any_finished:
-            self._running = [r for r in self._running if r.state is State.RUNNING]
-        return any_finished
+            if (
+                caching
+                and num_full > request.num_registered_blocks
+                and request.state is State.RUNNING
+            ):
+                self._cache.register(request, num_full)
+        for request in self._scoring:
+            # Position 0 has no logprob; that of any other is known when those before it are.
+            num_scored = min(request.num_computed_tokens + 1, request.num_prompt_tokens)
+            request.num_scored = max(request.num_scored, num_scored)
 
-    def _reason_to_stop(self, request: Request, token_id: int) -> FinishReason | None:
-        params = request.params
-        num_output_tokens = len(request.token_ids) - request.num_prompt_tokens
-        if token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
-            return FinishReason.STOP
-        if num_output_tokens >= params.max_tokens:
-            return FinishReason.LENGTH
-        if len(request.token_ids) >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None
+    def _release_siblings(self, pairs: list[tuple[Request, int]]) -> None:
+        for request, _ in pairs:
+            if request.siblings is not None:
+                for sibling in request.siblings.let_go():
+                    self._queue(sibling)
+
+    def _complete(self, request: Request, finished: list[Request]) -> None:
+        """Its grammar has come to its end, which comes before any other reason to stop."""
+        if request.state is State.RUNNING:
+            self._end(request, FinishReason.STOP)
+            finished.append(request)
+        request.finish_reason = FinishReason.STOP
 
     def check_ledger(self) -> None:
         """Assert every invariant that can be seen between two steps. For tests."""
-        waiting = [r for _, r in self._waiting if r.state is not State.FINISHED]
-        assert len(waiting) == self._num_waiting
-        for index, entry in enumerate(self._waiting[1:], 1):
-            assert self._waiting[(index - 1) // 2] < entry, "the waiting queue is no heap"
+        self._waiting.check_ledger()
+        waiting = list(self._waiting)
         assert {r.state for r in self._running} <= {State.RUNNING}
-        assert {r.state for r in waiting} <= {State.WAITING, State.PREEMPTED}
-        assert not {r.key for r in self._running} & {r.key for r in waiting}
-        assert self._running == sorted(self._running, key=self._rank)
+        keys = {r.key for r in self._running}
+        assert keys.isdisjoint(r.key for r in waiting)
+        assert self._running == sorted(self._running, key=self._waiting.rank)
         for request in waiting:
             assert not request.block_ids
             assert not request.num_computed_tokens and not request.num_registered_blocks
         for request in self._running:
-            assert request.num_computed_tokens < len(request.token_ids)
+            assert request.num_computed_tokens < len(request.token_ids) < request.max_num_tokens
             assert request.num_computed_tokens <= len(request.block_ids) * self._block_size
             assert request.num_registered_blocks <= request.num_computed_tokens // self._block_size
+        for request in (*self._running, *waiting):
+            if request.siblings is not None:
+                request.siblings.check_ledger(keys)
+        new = [r for r in waiting if r.state is State.WAITING]
+        assert len(new) <= self.backlog.num_requests <= len(new) + self._num_held
+        assert self.backlog.num_tokens >= 0
+        assert self._num_held >= 0
         self._pool.check_ledger(r.block_ids for r in self._running)
+
+
+def _first_to_score(request: Request) -> int:
+    """The first prompt position that is to be computed here; behind the prompt when none is."""
+    params = request.params
+    if params.skip_reading_prefix_cache:
+        return 0
+    if params.logprobs is not None and wants_prompt_logprobs(request):
+        return max(1, params.logprobs.prompt_start)
+    return request.num_prompt_tokens

@@ -72,6 +72,23 @@ class StepResult:
     prompt_logprobs: dict[int, ScoredRows] = field(default_factory=dict)
 
 
+def produced(plan: StepPlan, result: StepResult) -> list[tuple[Request, int]]:
+    """Who got a token, and which, in the order of `plan.sampling`."""
+    requests = plan.requests
+    pairs = list(zip([requests[index] for index in plan.sampling], result.token_ids, strict=True))
+    if result.errors:
+        pairs = [pair for row, pair in enumerate(pairs) if row not in result.errors]
+    return pairs
+
+
+def wants_prompt_logprobs(request: Request) -> bool:
+    """Whether positions of its prompt are scored at all."""
+    wanted = request.params.logprobs
+    return wanted is not None and bool(
+        wanted.num_prompt_logprobs is not None or wanted.prompt_token_ids
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerFacts:
     """What a loaded model runner knows and the engine core needs.

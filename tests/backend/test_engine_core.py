@@ -10,20 +10,29 @@ import pytest
 
 from footplate.backend.engine_core import EngineCore
 from footplate.backend.runner.fake import FakeModelRunner, digest_prefix, next_token
-from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
+from footplate.backend.step import RowError, ScoredRows, StepPlan, StepResult
+from footplate.protocol.bounds import MAX_N
+from footplate.protocol.config import (
+    CacheConfig,
+    ModelConfig,
+    RequestConfig,
+    SchedulerConfig,
+)
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
     ControlReply,
+    ErrorKind,
     Finished,
     FinishReason,
     GetStats,
+    LogprobRows,
     ResetPrefixCache,
     Started,
     Stats,
     StepOutputs,
 )
-from footplate.protocol.token_params import TokenParams
+from footplate.protocol.token_params import RepetitionDetection, TokenParams
 
 PARAMS = TokenParams(0.0, 1.0, 0, 0.0, 0, 3, 0, ())
 ALICE, BOB = b"alice", b"bob"
@@ -31,6 +40,7 @@ VOCAB_SIZE = 100
 MAX_MODEL_LEN = 40
 NUM_BLOCKS = 32
 LENGTH, ABORT, ERROR = FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ERROR
+INVALID, DEADLINE = ErrorKind.INVALID, FinishReason.DEADLINE
 
 
 class Clock:
@@ -49,6 +59,7 @@ class Driver:
         *,
         caching: bool = True,
         supports_caching: bool = True,
+        requests: RequestConfig = RequestConfig(),  # noqa: B008 (frozen)
         **scheduler: Any,
     ) -> None:
         (folder / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
@@ -59,13 +70,16 @@ class Driver:
         self.runner = FakeModelRunner(model, cache, folder)
         self.runner.facts = replace(self.runner.facts, supports_prefix_caching=supports_caching)
         self.clock = Clock()
-        self.core = EngineCore(self.runner, cache, SchedulerConfig(**scheduler), 77, self.clock)
+        self.core = EngineCore(
+            self.runner, cache, SchedulerConfig(**scheduler), 77, self.clock, requests
+        )
         self.outputs: list[tuple[bytes, StepOutputs]] = []
         for client in (ALICE, BOB):
             self.core.join(client)
 
     def add(self, client: bytes, handle: int, prompt: list[int], **params: Any) -> None:
-        options = {k: params.pop(k) for k in ("priority", "cache_salt") if k in params}
+        fields = AddRequest.__struct_fields__
+        options = {k: params.pop(k) for k in fields if k in params}
         self.core.handle(
             client,
             AddRequest(handle, prompt, msgspec.structs.replace(PARAMS, **params), **options),
@@ -123,10 +137,10 @@ def driver(tmp_path: Path) -> Driver:
     return Driver(tmp_path)
 
 
-def expected(prompt: list[int], count: int) -> list[int]:
+def expected(prompt: list[int], count: int, params: TokenParams = PARAMS) -> list[int]:
     tokens = list(prompt)
     for position in range(count):
-        tokens.append(next_token(digest_prefix(tokens), position, PARAMS, VOCAB_SIZE, 16))
+        tokens.append(next_token(digest_prefix(tokens), position, params, VOCAB_SIZE, 16))
     return tokens[len(prompt) :]
 
 
@@ -236,7 +250,7 @@ def test_an_invalid_prompt_is_one_error_and_nothing_else(
     driver.add(ALICE, 1, prompt)
     driver.add(ALICE, 2, [1])
     driver.run()
-    assert driver.ends(ALICE, 1) == [Finished(1, ERROR, problem)]
+    assert driver.ends(ALICE, 1) == [Finished(1, ERROR, problem, INVALID)]
     assert driver.tokens(ALICE, 1) == []
     assert driver.tokens(ALICE, 2) == expected([1], 3)
     assert driver.stats().num_prompt_tokens == 1
@@ -256,7 +270,7 @@ def test_a_handle_in_use_is_refused_and_its_request_goes_on(driver: Driver) -> N
     driver.step()
     driver.add(ALICE, 1, [2])
     driver.run()
-    assert driver.ends(ALICE, 1) == [Finished(1, ERROR, "handle 1 is in use"), Finished(1, LENGTH)]
+    assert driver.ends(ALICE, 1) == [Finished(1, LENGTH)]  # and no other end before it
     assert driver.tokens(ALICE, 1) == expected([1], 3)
 
 
@@ -269,6 +283,215 @@ def test_an_error_is_told_by_the_next_step_even_when_there_is_nothing_to_compute
     [(client, outputs)] = driver.step()
     assert (client, len(outputs.finished)) == (ALICE, 1)
     assert not driver.core.has_work
+
+
+# ---- n > 1
+
+
+def seeded(seed: int) -> TokenParams:
+    return msgspec.structs.replace(PARAMS, temperature=1.0, seed=seed)
+
+
+def test_each_of_n_is_the_request_alone_with_its_seed(driver: Driver) -> None:
+    driver.add(ALICE, 5, [7] * 9, n=3, temperature=1.0, seed=40)
+    driver.run()
+    for index in range(3):
+        assert driver.tokens(ALICE, 5 + index) == expected([7] * 9, 3, seeded(40 + index))
+        assert driver.ends(ALICE, 5 + index) == [Finished(5 + index, LENGTH)]
+    assert [driver.started(ALICE, h)[0].num_cached_tokens for h in (5, 6, 7)] == [0, 8, 8]
+
+
+def test_children_count_as_waiting_and_can_be_aborted_in_any_order(driver: Driver) -> None:
+    driver.add(ALICE, 1, [7] * 9, n=4)
+    assert driver.stats().num_waiting == 4
+    driver.core.handle(ALICE, AbortRequests([3, 1]))
+    driver.run()
+    assert [driver.ends(ALICE, h)[0].reason for h in (1, 2, 3, 4)] == [ABORT, LENGTH] * 2
+    assert driver.tokens(ALICE, 2) == driver.tokens(ALICE, 4) == expected([7] * 9, 3)
+
+
+def test_a_handle_in_use_refuses_all_of_n_and_only_new_ones_are_told(driver: Driver) -> None:
+    driver.add(ALICE, 2, [1])
+    driver.add(ALICE, 1, [2], n=3)
+    driver.run()
+    refusal = "handle 2 is in use"
+    assert driver.ends(ALICE, 1) == [Finished(1, ERROR, refusal, INVALID)]
+    assert driver.ends(ALICE, 2) == [Finished(2, LENGTH)]
+    assert driver.ends(ALICE, 3) == [Finished(3, ERROR, refusal, INVALID)]
+
+
+def test_the_largest_n_costs_little_before_it_runs(driver: Driver) -> None:
+    driver.add(ALICE, 0, [7] * 30, n=MAX_N)
+    requests = list(driver.core._requests[ALICE].values())
+    assert len(requests) == MAX_N
+    assert len({id(request.token_ids) for request in requests}) == 1
+    driver.step()
+    driver.core.leave(ALICE)
+    assert driver.core.stats().num_free_blocks == NUM_BLOCKS
+
+
+# ---- prior output
+
+
+def test_a_replayed_request_goes_on_where_it_was(driver: Driver) -> None:
+    whole = expected([7, 8], 6)
+    driver.add(ALICE, 1, [7, 8], prior_token_ids=whole[:2], max_tokens=6)
+    driver.step()
+    [(_, outputs)] = driver.outputs
+    assert (outputs.positions, outputs.token_ids) == ([2], whole[2:3])
+    driver.run()
+    told = [(p, t) for _, o in driver.outputs for p, t in zip(o.positions, o.token_ids)]  # noqa: B905
+    assert told == list(enumerate(whole))[2:]
+    assert len(driver.started(ALICE, 1)) == 1
+    assert driver.ends(ALICE, 1) == [Finished(1, LENGTH)]
+
+
+# ---- deadlines
+
+
+def test_a_deadline_ends_waiting_and_running_requests(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, max_num_seqs=1)
+    driver.add(ALICE, 1, [1], deadline_s=5.0, max_tokens=30)
+    driver.add(ALICE, 2, [2], deadline_s=5.0)
+    driver.add(ALICE, 3, [3], n=2)
+    driver.step()
+    driver.clock.now += 4.9
+    driver.step()
+    assert not driver.ends(ALICE, 1)
+    driver.clock.now += 0.1
+    driver.step()
+    assert driver.ends(ALICE, 1) == [Finished(1, DEADLINE)]
+    assert driver.ends(ALICE, 2) == [Finished(2, DEADLINE)]
+    assert driver.tokens(ALICE, 1) == expected([1], 2)
+    driver.run()
+    assert driver.ends(ALICE, 3) == [Finished(3, LENGTH)]
+
+
+def test_a_deadline_ends_children_that_are_held(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, max_num_seqs=2, max_num_batched_tokens=4)
+    driver.add(ALICE, 1, [1] * 9, n=3, ttft_deadline_s=5.0)
+    driver.step()
+    driver.clock.now += 5
+    driver.step()
+    assert [driver.ends(ALICE, h) for h in (1, 2, 3)] == [
+        [Finished(h, DEADLINE)] for h in (1, 2, 3)
+    ]
+    assert not driver.stats().num_waiting
+
+
+def test_the_first_tokens_deadline_is_met_by_the_first_token(driver: Driver) -> None:
+    driver.add(ALICE, 1, [1], ttft_deadline_s=5.0)
+    driver.step()
+    driver.clock.now += 100
+    driver.run()
+    assert driver.ends(ALICE, 1) == [Finished(1, LENGTH)]
+
+
+def test_deadlines_count_from_an_arrival_before_this_core(driver: Driver) -> None:
+    driver.add(ALICE, 1, [1], age_s=3.0, deadline_s=3.0)
+    driver.add(ALICE, 2, [1], age_s=2.0, deadline_s=3.0)
+    assert driver.core.seconds_to_deadline == 0.0
+    driver.step()
+    assert driver.ends(ALICE, 1) == [Finished(1, DEADLINE)]
+    assert driver.core.seconds_to_deadline == 1.0
+    driver.run()
+    assert driver.core.seconds_to_deadline is None
+
+
+# ---- queue limits
+
+
+def test_more_than_may_be_queued_is_an_overflow_until_a_step_makes_room(tmp_path: Path) -> None:
+    limits = RequestConfig(max_num_queued_reqs=2, max_num_queued_tokens=10)
+    driver = Driver(tmp_path, requests=limits)
+    driver.add(ALICE, 1, [1] * 5)
+    driver.add(BOB, 1, [1] * 6)  # the limit is the engine's, not a client's
+    driver.add(ALICE, 2, [1] * 5, n=2)
+    driver.step()
+    driver.add(ALICE, 3, [1] * 5, n=2)
+    driver.run()
+    assert driver.ends(BOB, 1) == [
+        Finished(
+            1,
+            ERROR,
+            "5 are queued and 6 more would exceed max_num_queued_tokens, which is 10",
+            ErrorKind.OVERFLOW,
+        )
+    ]
+    refusal = "1 are queued and 2 more would exceed max_num_queued_reqs, which is 2"
+    for handle in (2, 3):
+        assert len(driver.ends(ALICE, handle)) == 1 + (handle == 3)
+        assert driver.ends(ALICE, handle)[0].message == refusal
+    assert driver.ends(ALICE, 4) == [Finished(4, LENGTH)]
+
+
+# ---- what a runner tells
+
+
+class Scripted:
+    """A runner whose results are given."""
+
+    def __init__(self, driver: Driver, results: list[StepResult]) -> None:
+        self.facts = driver.runner.facts
+        self.results = results
+        self.plans: list[StepPlan] = []
+        driver.core._runner = self
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        return self.results.pop(0) if plan.requests else StepResult()
+
+
+def test_an_error_is_told_with_kind_and_message_and_no_token(driver: Driver) -> None:
+    error = RowError(ErrorKind.LOGITS, "the logits are NaN")
+    Scripted(driver, [StepResult([20, 21], errors={0: error}), StepResult([22])])
+    driver.add(ALICE, 1, [1])
+    driver.add(ALICE, 2, [2], max_tokens=2)
+    driver.run()
+    assert driver.ends(ALICE, 1) == [Finished(1, ERROR, "the logits are NaN", ErrorKind.LOGITS)]
+    assert (driver.tokens(ALICE, 1), driver.started(ALICE, 1)) == ([], [])
+    assert driver.tokens(ALICE, 2) == [21, 22]
+    assert driver.stats().num_generation_tokens == 2
+    assert driver.stats().num_free_blocks == NUM_BLOCKS
+
+
+def test_a_complete_grammar_is_a_stop(driver: Driver) -> None:
+    Scripted(driver, [StepResult([20], complete={0})])
+    driver.add(ALICE, 1, [1])
+    driver.run()
+    assert driver.tokens(ALICE, 1) == [20]
+    assert driver.ends(ALICE, 1) == [Finished(1, FinishReason.STOP)]
+
+
+def test_a_repetitive_output_is_told_as_such(driver: Driver) -> None:
+    Scripted(driver, [StepResult([20]), StepResult([20])])
+    driver.add(ALICE, 1, [1], repetition=RepetitionDetection(1, 1, 2), max_tokens=9)
+    driver.run()
+    assert driver.ends(ALICE, 1) == [Finished(1, FinishReason.REPETITION)]
+
+
+def test_logprobs_are_told_at_output_positions_and_of_prompts_as_they_come(driver: Driver) -> None:
+    first, second, prompt = (
+        ScoredRows(position, [1], bytes([position] * 4), bytes(4)) for position in (0, 0, 1)
+    )
+    Scripted(
+        driver,
+        [
+            StepResult([20, 21], logprobs={1: first}, prompt_logprobs={1: prompt}),
+            StepResult(
+                [22, 23], errors={0: RowError(ErrorKind.LOGITS, "NaN")}, logprobs={1: second}
+            ),
+        ],
+    )
+    driver.add(ALICE, 1, [1, 2])
+    driver.add(ALICE, 2, [2, 3], max_tokens=2)
+    driver.run()
+    told = [outputs for _, outputs in driver.outputs]
+    assert [o.prompt_logprobs for o in told] == [
+        [LogprobRows(2, 1, [1], b"\1" * 4, bytes(4))],
+        [],
+    ]
+    assert [[(r.handle, r.position) for r in o.logprobs] for o in told] == [[(2, 0)], [(2, 1)]]
 
 
 # ---- aborts

@@ -8,6 +8,8 @@ from footplate.backend.request import TRANSITIONS, Event, Request, State
 from footplate.protocol.token_params import TokenParams
 
 LISTED = {
+    (State.HELD, Event.RELEASE): State.WAITING,
+    (State.HELD, Event.FINISH): State.FINISHED,
     (State.WAITING, Event.ADMIT): State.RUNNING,
     (State.WAITING, Event.FINISH): State.FINISHED,
     (State.RUNNING, Event.PREEMPT): State.PREEMPTED,
@@ -17,7 +19,7 @@ LISTED = {
 }
 
 
-def request(state: State = State.WAITING) -> Request:
+def request(state: State = State.HELD) -> Request:
     params = TokenParams(0.0, 1.0, 0, 0.0, 0, 16, 0, ())
     return Request(1, b"client", 7, [3, 4, 5], 3, params, state=state)
 
@@ -39,12 +41,12 @@ def test_nothing_leaves_the_terminal_state() -> None:
 
 
 def test_every_state_but_the_first_is_reached_from_another() -> None:
-    assert set(TRANSITIONS.values()) | {State.WAITING} == set(State)
+    assert set(TRANSITIONS.values()) | {State.HELD} == set(State)
 
 
-def test_a_new_request_waits_and_holds_nothing() -> None:
+def test_a_new_request_is_held_and_holds_nothing() -> None:
     new = request()
-    assert new.state is State.WAITING
+    assert new.state is State.HELD
     assert (new.block_ids, new.block_hashes, new.num_computed_tokens) == ([], [], 0)
     assert new.finish_reason is None
 

@@ -5,14 +5,14 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from footplate.backend import scheduler as scheduler_module
+from footplate.backend import prefix_cache as prefix_cache_module
 from footplate.backend.block_pool import BlockPool
 from footplate.backend.request import Request, State
 from footplate.backend.scheduler import Scheduler
-from footplate.backend.step import StepPlan
+from footplate.backend.step import RowError, StepPlan, StepResult
 from footplate.protocol.config import SchedulerConfig
-from footplate.protocol.messages import FinishReason
-from footplate.protocol.token_params import TokenParams
+from footplate.protocol.messages import ErrorKind, FinishReason
+from footplate.protocol.token_params import LogprobsRequest, RepetitionDetection, TokenParams
 
 ENDLESS = TokenParams(0.0, 1.0, 0, 0.0, 0, 1_000_000, 0, ())
 FIRST_OUTPUT_ID = 1000  # prompts in these tests stay below
@@ -32,15 +32,23 @@ class Bench:
         policy: Literal["fcfs", "priority"] = "fcfs",
         max_model_len: int | None = None,
         caching: bool = True,
+        can_share: bool = True,
+        max_scored_rows: int = 1_000,
+        long_prefill_token_threshold: int = 0,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size=4)
         self.scheduler = Scheduler(
             SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, policy=policy
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                policy=policy,
+                long_prefill_token_threshold=long_prefill_token_threshold,
             ),
             self.pool,
             max_model_len or num_blocks * 4,
-            caching,
+            caching and can_share,
+            can_share,
+            max_scored_rows,
         )
         self.requests: list[Request] = []
 
@@ -49,22 +57,43 @@ class Bench:
 
         `options` are fields of the request, or of its params.
         """
+        return self.add_siblings(1, prompt, **options)[0]
+
+    def add_siblings(self, n: int, prompt: int | list[int], **options: Any) -> list[Request]:
+        """Add `n` requests of one prompt."""
         key = len(self.requests) + 1
         if isinstance(prompt, int):
             prompt = [key] * prompt
-        fields = {k: options.pop(k) for k in ("priority", "cache_salt") if k in options}
+        names = ("client", "priority", "cache_salt", "arrival_time")
+        fields = {"client": b"client"} | {k: options.pop(k) for k in names if k in options}
+        tokens = prompt + options.pop("prior", [])
         params = msgspec.structs.replace(ENDLESS, **options)
-        request = Request(key, b"client", key, list(prompt), len(prompt), params, **fields)
-        self.requests.append(request)
-        self.scheduler.add(request)
-        return request
+        added = [
+            Request(
+                key=key + index,
+                handle=key + index,
+                token_ids=tokens,
+                num_prompt_tokens=len(prompt),
+                params=params,
+                num_prior_tokens=len(tokens) - len(prompt),
+                **fields,
+            )
+            for index in range(n)
+        ]
+        self.requests += added
+        self.scheduler.hold(added)
+        self.scheduler.release(added)
+        return added
 
-    def step(self) -> StepPlan:
-        """One whole step, and a look at the books."""
+    def step(self, errors: dict[int, RowError] | None = None, complete: int = -1) -> StepPlan:
+        """One whole step, and a look at the books.
+
+        `errors` are by row, and `complete` is a row.
+        """
         plan = self.scheduler.schedule(now=0.0)
-        self.finished = self.scheduler.update(
-            plan, [FIRST_OUTPUT_ID + len(plan.requests[i].token_ids) for i in plan.sampling]
-        )
+        tokens = [FIRST_OUTPUT_ID + len(plan.requests[i].token_ids) for i in plan.sampling]
+        result = StepResult(tokens, errors or {}, {complete} - {-1})
+        self.finished = self.scheduler.update(plan, result)
         self.scheduler.check_ledger()
         return plan
 
@@ -577,7 +606,7 @@ def test_with_prefix_caching_off_nothing_is_shared() -> None:
 
 
 def test_a_hash_collision_is_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "prefix_hash", lambda parent, token_ids: b"same")
+    monkeypatch.setattr(prefix_cache_module, "prefix_hash", lambda parent, token_ids: b"same")
     bench = Bench()
     bench.add(PROMPT[:5], max_tokens=1)
     bench.step()
@@ -695,12 +724,13 @@ def test_the_longest_prompt_produces_one_token() -> None:
     assert (request.num_output_tokens, request.finish_reason) == (1, FinishReason.LENGTH)
 
 
-def test_update_says_whether_any_request_finished() -> None:
+def test_update_says_who_finished() -> None:
     bench = Bench()
     bench.add(4, max_tokens=2)
-    assert not bench.step() or not bench.finished
     bench.step()
-    assert bench.finished
+    assert bench.finished == []
+    bench.step()
+    assert bench.finished == bench.requests
 
 
 def test_who_finishes_makes_room_in_the_next_step() -> None:
@@ -767,6 +797,10 @@ def test_an_ended_head_of_the_queue_holds_up_nobody() -> None:
     assert small.key in planned(bench.step())
 
 
+def num_kept(bench: Bench) -> int:
+    return len(bench.scheduler._waiting._lines[b"client"].heap)
+
+
 def test_ended_requests_do_not_pile_up_in_the_queue() -> None:
     bench = Bench(max_num_seqs=1)
     bench.add(4)
@@ -774,11 +808,11 @@ def test_ended_requests_do_not_pile_up_in_the_queue() -> None:
     for _ in range(2000):
         request = bench.add(4)
         bench.scheduler.finish(request, FinishReason.ABORT)
-        assert len(bench.scheduler._waiting) <= 65
+        assert num_kept(bench) <= 65
     waiting = [bench.add(4) for _ in range(1000)]
     for count, request in enumerate(reversed(waiting[1:]), 1):
         bench.scheduler.finish(request, FinishReason.ABORT)
-        assert len(bench.scheduler._waiting) <= 2 * (1000 - count) + 65
+        assert num_kept(bench) <= 2 * (1000 - count) + 65
     bench.scheduler.check_ledger()
     bench.abort(bench.requests[0])
     assert list(planned(bench.step())) == [waiting[0].key]
@@ -820,7 +854,7 @@ def test_blocks_change_hands_no_earlier_than_the_runner_is_told() -> None:
     second = bench.add(7, max_tokens=1)
     plan = bench.scheduler.schedule(0.0)
     blocks = set(first.block_ids)
-    bench.scheduler.update(plan, [1000])
+    bench.scheduler.update(plan, StepResult([1000]))
     plan = bench.scheduler.schedule(0.0)
     assert set(second.block_ids) == blocks
     assert plan.released == [first.key]
@@ -831,9 +865,418 @@ def test_the_time_of_first_admission_is_kept_over_preemption() -> None:
     request = bench.add(4, priority=1)
     for now in (1.0, 2.0, 3.0):
         plan = bench.scheduler.schedule(now)
-        bench.scheduler.update(plan, [1000] * len(plan.sampling))
+        bench.scheduler.update(plan, StepResult([1000] * len(plan.sampling)))
         if now == 1.0:
             bench.add(4, priority=0, max_tokens=1)
     assert request.state is State.RUNNING
     assert bench.scheduler.num_preemptions == 1
     assert request.scheduled_time == 1.0
+
+
+# ---- held
+
+
+def test_a_held_request_keeps_its_place_and_holds_up_nobody() -> None:
+    bench = Bench(max_num_seqs=1)
+    held = Request(99, b"client", 99, [1, 2], 2, ENDLESS)
+    bench.scheduler.hold([held])
+    assert not bench.scheduler.has_work
+    assert bench.scheduler.num_waiting == 1
+    first, second = bench.add(4, max_tokens=1), bench.add(4, max_tokens=1)
+    assert list(planned(bench.step())) == [first.key]
+    bench.scheduler.release([held])
+    assert list(planned(bench.step())) == [held.key]
+    assert second.state is State.WAITING
+
+
+def test_a_request_may_end_while_it_is_held() -> None:
+    bench = Bench()
+    held = Request(99, b"client", 99, [1, 2], 2, ENDLESS)
+    bench.scheduler.hold([held])
+    bench.abort(held)
+    bench.scheduler.release([held])
+    assert bench.scheduler.num_waiting == bench.scheduler.backlog.num_requests == 0
+    assert not bench.scheduler.has_work
+
+
+# ---- siblings
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_siblings_share_the_prompts_full_blocks_once_it_is_computed(caching: bool) -> None:
+    bench = Bench(budget=8, caching=caching)
+    first, *others = bench.add_siblings(3, PROMPT)
+    assert planned(bench.step()) == {1: 8}
+    assert {r.state for r in others} == {State.HELD}
+    assert planned(bench.step()) == {1: 2}
+    assert planned(bench.step()) == {1: 1, 2: 2, 3: 2}
+    for sibling in others:
+        assert sibling.block_ids[:2] == first.block_ids[:2]
+        assert sibling.num_cached_tokens == 8
+    assert len({r.block_ids[2] for r in (first, *others)}) == 3
+    bench.abort(first, *others)
+    bench.run_to_the_end()
+
+
+def test_siblings_that_wait_for_the_first_hold_up_nobody() -> None:
+    bench = Bench(budget=8)
+    bench.add_siblings(3, 20)
+    other = bench.add(2)
+    assert planned(bench.step()) == {1: 8}
+    plan = bench.steps(2)[-1]
+    assert planned(plan) == {1: 4, other.key: 2}
+
+
+def test_siblings_of_a_prompt_without_a_full_block_run_at_once() -> None:
+    bench = Bench()
+    bench.add_siblings(3, 4)  # one block, of which the last token is everyone's own
+    assert planned(bench.step()) == {1: 4, 2: 4, 3: 4}
+
+
+def test_siblings_run_at_once_where_blocks_cannot_be_shared() -> None:
+    bench = Bench(can_share=False)
+    bench.add_siblings(3, PROMPT)
+    assert planned(bench.step()) == {1: 10, 2: 10, 3: 10}
+
+
+def test_siblings_have_one_list_of_tokens_until_they_run() -> None:
+    bench = Bench(max_num_seqs=2)
+    first, second, third = bench.add_siblings(3, PROMPT)
+    bench.steps(2)
+    assert third.state is State.WAITING
+    assert third.token_ids == PROMPT
+    assert first.token_ids is not second.token_ids
+    assert (first.num_output_tokens, second.num_output_tokens) == (2, 1)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_the_next_sibling_takes_over_when_the_first_ends_too_early(num_steps: int) -> None:
+    bench = Bench(budget=8, caching=False)
+    first, second, third = bench.add_siblings(3, PROMPT)
+    bench.steps(num_steps)
+    bench.abort(first)
+    assert [planned(plan) for plan in bench.steps(3)] == [{2: 8}, {2: 2}, {2: 1, 3: 2}]
+    assert third.block_ids[:2] == second.block_ids[:2]
+
+
+def test_siblings_whose_donor_has_ended_fall_back_to_another_that_runs() -> None:
+    bench = Bench(caching=False, max_num_seqs=2)
+    first, second, third = bench.add_siblings(3, PROMPT)
+    bench.steps(2)
+    bench.abort(first)
+    assert planned(bench.step()) == {2: 1, 3: 2}
+    assert third.block_ids[:2] == second.block_ids[:2]
+
+
+@pytest.mark.parametrize(("caching", "num_tokens"), [(True, 2), (False, 10)])
+def test_siblings_of_which_none_runs_fall_back_to_the_cache_or_compute(
+    caching: bool, num_tokens: int
+) -> None:
+    bench = Bench(caching=caching, max_num_seqs=1)
+    bench.add_siblings(2, PROMPT, max_tokens=1)
+    bench.step()
+    assert planned(bench.step()) == {2: num_tokens}
+
+
+def test_siblings_of_a_request_that_skips_the_cache_share_all_the_same() -> None:
+    bench = Bench()
+    bench.add(PROMPT, max_tokens=1)
+    bench.step()
+    bench.add_siblings(2, PROMPT, skip_reading_prefix_cache=True)
+    assert [planned(plan) for plan in bench.steps(2)] == [{2: 10}, {2: 1, 3: 2}]
+
+
+def test_all_siblings_may_end_in_any_state() -> None:
+    bench = Bench(max_num_seqs=2)
+    siblings = bench.add_siblings(5, PROMPT)
+    bench.steps(2)
+    bench.abort(*siblings)
+    bench.abort(*bench.add_siblings(5, PROMPT))
+    assert bench.scheduler.num_waiting == bench.scheduler.backlog.num_tokens == 0
+    bench.run_to_the_end()
+
+
+# ---- what is queued
+
+
+def test_the_backlog_counts_requests_without_a_first_step_and_one_prompt_for_siblings() -> None:
+    bench = Bench(max_num_seqs=1)
+    backlog = bench.scheduler.backlog
+    alone = bench.add(7, max_tokens=1)
+    siblings = bench.add_siblings(3, PROMPT, max_tokens=1)
+    assert (backlog.num_requests, backlog.num_tokens) == (4, 17)
+    bench.step()
+    assert alone.state is State.FINISHED
+    assert (backlog.num_requests, backlog.num_tokens) == (3, 10)
+    bench.abort(siblings[0])
+    assert (backlog.num_requests, backlog.num_tokens) == (2, 10)
+    bench.step()
+    assert (backlog.num_requests, backlog.num_tokens) == (1, 10)
+    bench.step()
+    assert (backlog.num_requests, backlog.num_tokens) == (0, 0)
+
+
+# ---- prior output
+
+
+def test_prior_output_counts_for_max_tokens() -> None:
+    bench = Bench()
+    request = bench.add(4, prior=[1004, 1005], max_tokens=3)
+    assert planned(bench.step()) == {1: 6}
+    assert request.token_ids[4:] == [1004, 1005, 1006]
+    assert request.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(("min_tokens", "num_output"), [(2, 3), (3, 4), (4, 5)])
+def test_prior_output_counts_for_min_tokens(min_tokens: int, num_output: int) -> None:
+    bench = Bench()
+    stops = tuple(range(1000, 1020))
+    request = bench.add(4, prior=[7, 8], min_tokens=min_tokens, stop_token_ids=stops)
+    bench.run_to_the_end()
+    assert request.num_output_tokens == num_output
+
+
+def test_prior_output_counts_for_repetition() -> None:
+    bench = Bench()
+    request = bench.add(4, prior=[1006, 1007, 1006], repetition=RepetitionDetection(2, 2, 2))
+    bench.step()
+    assert request.finish_reason is FinishReason.REPETITION
+    assert request.token_ids[4:] == [1006, 1007, 1006, 1007]
+
+
+def test_repetition_ends_nothing_before_min_tokens() -> None:
+    bench = Bench()
+    request = bench.add(
+        1, prior=[5, 5], min_tokens=3, repetition=RepetitionDetection(1, 1, 2), max_tokens=9
+    )
+    bench.run_to_the_end()
+    assert request.finish_reason is FinishReason.LENGTH
+
+
+# ---- prompt positions to score
+
+
+def scored(num_prompt_logprobs: int | None = 0, start: int = 0) -> dict[str, LogprobsRequest]:
+    return {
+        "logprobs": LogprobsRequest(num_prompt_logprobs=num_prompt_logprobs, prompt_start=start)
+    }
+
+
+@pytest.mark.parametrize(
+    ("start", "num_cached"),
+    [(0, 0), (1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (10, 8), (1000, 8)],
+)
+def test_the_cache_is_read_only_before_the_first_position_to_score(
+    start: int, num_cached: int
+) -> None:
+    bench = Bench()
+    bench.add(PROMPT, max_tokens=1)
+    bench.step()
+    request = bench.add(PROMPT, **scored(start=start))
+    assert planned(bench.step()) == {2: 10 - num_cached}
+    assert request.num_cached_tokens == num_cached
+
+
+def test_logprobs_of_the_output_alone_do_not_keep_from_the_cache() -> None:
+    bench = Bench()
+    bench.add(PROMPT, max_tokens=1)
+    bench.step()
+    bench.add(PROMPT, **scored(None))
+    assert planned(bench.step()) == {2: 2}
+
+
+def test_a_scored_prompt_is_left_in_the_cache_for_others() -> None:
+    bench = Bench()
+    bench.add(PROMPT, max_tokens=1, **scored())
+    bench.step()
+    bench.add(PROMPT)
+    assert planned(bench.step()) == {2: 2}
+
+
+def test_positions_are_scored_as_they_are_computed() -> None:
+    bench = Bench(budget=4, max_num_seqs=4)
+    request = bench.add(PROMPT, **scored())
+    told = []
+    for _ in range(4):
+        told.append(request.num_scored)
+        bench.step()
+    assert told == [1, 5, 9, 10]
+
+
+def test_no_more_rows_are_scored_in_a_step_than_there_is_room_for() -> None:
+    bench = Bench(max_scored_rows=3)
+    bench.add(PROMPT, **scored())
+    bench.add(PROMPT)
+    assert [planned(plan) for plan in bench.steps(4)] == [
+        {1: 3, 2: 10},
+        {1: 3, 2: 1},
+        {1: 3, 2: 1},
+        {1: 1, 2: 1},
+    ]
+
+
+def test_what_has_been_scored_may_be_read_from_the_cache_after_preemption() -> None:
+    bench = Bench(budget=8, max_num_seqs=1, policy="priority")
+    request = bench.add(PROMPT, priority=1, **scored())
+    bench.step()
+    bench.add(2, priority=0, max_tokens=1)
+    bench.step()
+    assert request.state is State.PREEMPTED
+    assert request.num_scored == 9
+    assert planned(bench.step()) == {1: 2}
+
+
+def test_skipping_the_cache_computes_the_whole_prompt_once() -> None:
+    bench = Bench(max_num_seqs=1, policy="priority")
+    bench.add(PROMPT, max_tokens=1)
+    bench.step()
+    request = bench.add(PROMPT, priority=1, skip_reading_prefix_cache=True)
+    assert planned(bench.step()) == {2: 10}
+    assert request.num_cached_tokens == 0
+    bench.add(2, priority=0, max_tokens=1)
+    bench.step()
+    assert request.state is State.PREEMPTED
+    assert planned(bench.step()) == {2: 3}
+
+
+def test_only_the_first_sibling_scores_the_prompt_and_an_heir_all_of_it() -> None:
+    bench = Bench(budget=4, max_num_seqs=4)
+    first, second, third = bench.add_siblings(3, PROMPT, **scored())
+    bench.step()
+    assert [r.num_scored for r in (first, second, third)] == [5, 10, 10]
+    bench.abort(first)
+    assert [r.num_scored for r in (second, third)] == [1, 10]
+    assert planned(bench.step()) == {2: 4}
+
+
+# ---- the cap on long prompts
+
+
+def test_a_long_prompt_that_is_alone_gets_the_whole_budget() -> None:
+    bench = Bench(budget=16, long_prefill_token_threshold=4)
+    bench.add(40)
+    plans = bench.steps(3)
+    assert [planned(plan) for plan in plans] == [{1: 16}, {1: 16}, {1: 8}]
+    assert [sampled(plan) for plan in plans] == [[], [], [1]]
+
+
+def test_a_long_prompt_is_capped_when_others_run_or_come() -> None:
+    bench = Bench(budget=16, long_prefill_token_threshold=4)
+    bench.add(40)
+    bench.step()
+    bench.add(2)
+    assert [planned(plan) for plan in bench.steps(3)] == [{1: 4, 2: 2}, {1: 4, 2: 1}, {1: 4, 2: 1}]
+    bench.abort(bench.requests[1])
+    assert planned(bench.step()) == {1: 12}
+
+
+def test_two_long_prompts_cap_each_other() -> None:
+    bench = Bench(budget=16, long_prefill_token_threshold=4)
+    bench.add(20), bench.add(30)
+    plans = bench.steps(5)
+    assert [planned(plan) for plan in plans] == [{1: 4, 2: 4}] * 5
+    assert sampled(plans[-1]) == [1]
+
+
+@pytest.mark.parametrize(("max_num_seqs", "num_blocks"), [(1, 64), (8, 11)])
+def test_a_prompt_is_not_capped_for_one_that_cannot_join(
+    max_num_seqs: int, num_blocks: int
+) -> None:
+    bench = Bench(
+        budget=16,
+        long_prefill_token_threshold=4,
+        max_num_seqs=max_num_seqs,
+        num_blocks=num_blocks,
+    )
+    bench.add(40)
+    bench.add(8)
+    assert planned(bench.step()) == {1: 16}
+
+
+def test_alone_more_rows_are_scored_no_more_than_in_company() -> None:
+    bench = Bench(budget=16, long_prefill_token_threshold=4, max_scored_rows=6)
+    bench.add(40, **scored())
+    assert planned(bench.step()) == {1: 6}
+
+
+# ---- clients
+
+
+def test_slots_are_shared_between_clients_by_tokens() -> None:
+    bench = Bench(max_num_seqs=1)
+    for _ in range(4):
+        bench.add(6, client=b"a", max_tokens=4)
+    bench.add(6, client=b"b", max_tokens=14)  # as much as two of the other's
+    bench.add(6, client=b"b", max_tokens=4)
+    order = [key for plan in bench.run_to_the_end() for key in planned(plan)]
+    assert list(dict.fromkeys(order)) == [1, 5, 2, 3, 6, 4]
+
+
+def test_a_client_that_left_starts_again_with_nothing() -> None:
+    bench = Bench()
+    request = bench.add(4, client=b"b")
+    bench.step()
+    bench.abort(request)
+    bench.scheduler.forget(b"b")
+    assert not bench.scheduler._waiting.is_shared
+
+
+# ---- results
+
+
+def test_an_error_ends_its_request_alone_and_without_a_token() -> None:
+    bench = Bench()
+    good, bad = bench.add(PROMPT), bench.add(9)
+    bench.step(errors={1: RowError(ErrorKind.PROCESSOR, "it raised")})
+    assert (bad.state, bad.finish_reason) == (State.FINISHED, FinishReason.ERROR)
+    assert (good.num_output_tokens, bad.num_output_tokens) == (1, 0)
+    assert bench.finished == []
+    assert bench.pool.num_free == 64 - 3
+    assert bench.step().released == [bad.key]
+
+
+def test_what_a_failed_request_computed_last_does_not_enter_the_cache() -> None:
+    bench = Bench(budget=8)
+    bench.add(PROMPT)
+    bench.step()
+    bench.step(errors={0: RowError(ErrorKind.LOGITS, "NaN")})
+    assert bench.pool.num_cached == 2  # of the step before
+    bench.add(9)
+    bench.step()
+    bench.step(errors={0: RowError(ErrorKind.LOGITS, "NaN")})
+    assert bench.pool.num_cached == 4
+    bench.add(list(range(50, 58)))
+    bench.step(errors={0: RowError(ErrorKind.LOGITS, "NaN")})
+    assert bench.pool.num_cached == 4
+
+
+def test_the_next_sibling_takes_over_when_the_first_fails_with_its_prompt() -> None:
+    bench = Bench()
+    first, second = bench.add_siblings(2, PROMPT)
+    bench.step(errors={0: RowError(ErrorKind.LOGITS, "NaN")})
+    assert planned(bench.step()) == {2: 10}
+    assert (first.finish_reason, second.num_output_tokens) == (FinishReason.ERROR, 1)
+
+
+def test_a_complete_grammar_ends_a_request_behind_its_token() -> None:
+    bench = Bench()
+    other, done = bench.add(4), bench.add(4, min_tokens=5)
+    bench.step(complete=1)
+    assert (done.finish_reason, done.num_output_tokens) == (FinishReason.STOP, 1)
+    assert bench.finished == [done]
+    assert other.state is State.RUNNING
+
+
+def test_a_complete_grammar_at_the_last_allowed_position_is_a_stop() -> None:
+    bench = Bench()
+    done = bench.add(4, max_tokens=1)
+    bench.step(complete=0)
+    assert done.finish_reason is FinishReason.STOP
+    assert bench.finished == [done]
+
+
+def test_a_row_with_an_error_is_not_complete() -> None:
+    bench = Bench()
+    bad = bench.add(4)
+    bench.step(errors={0: RowError(ErrorKind.GRAMMAR, "no")}, complete=0)
+    assert bad.finish_reason is FinishReason.ERROR

@@ -6,7 +6,10 @@ from zlib import crc32
 
 from footplate.backend.request import Request
 from footplate.backend.runner.fake import digest_prefix, next_token
-from footplate.backend.step import RunnerFacts, StepPlan, StepResult
+from footplate.backend.step import RowError, RunnerFacts, ScoredRows, StepPlan, StepResult
+
+from .marks import Marks
+from .oracle import row_of
 
 # A token, and a digest of the salt and of all tokens up to and including it: as keys and values
 # do, an entry depends on everything before it.
@@ -27,34 +30,54 @@ class CheckingRunner:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        long_prefill_token_threshold: int,
         may_displace: bool,
+        marks: Marks,
     ) -> None:
         self.facts = facts
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._long_prefill_token_threshold = long_prefill_token_threshold
         self._may_displace = may_displace
+        self._marks = marks
         self._memory: list[list[Entry | None]] = [
             [None] * block_size for _ in range(facts.num_kv_blocks)
         ]
         self._entries: dict[int, list[Entry]] = {}  # by key: what its tokens must look like
         self.lengths: dict[int, int] = {}  # by key of who runs: tokens in the cache
+        self._running: list[Request] = []
+        self._computed_prompts: set[int] = set()  # by id of the siblings whose it is
         self.last_requests: list[Request] = []
         self.num_sampled = 0
+        self.num_served: Counter[bytes] = Counter()  # by client, as the token counter has it
+        self.seen: Counter[str] = Counter()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `ModelRunner`."""
         self._let_go(plan.released)
         self._check_shape(plan)
         work = list(zip(plan.requests, plan.num_new_tokens, strict=True))
+        # Who goes on is asked before who comes.
+        self._running = [r for r in plan.requests if r.key in self.lengths]
         for request, _ in work:
             self._check_start(request)
         holders = Counter(chain.from_iterable(request.block_ids for request in plan.requests))
         for request, count in work:
             self._write(request, count, holders)
         self.last_requests = plan.requests
-        self.num_sampled += len(plan.sampling)
-        return StepResult([self._sample(plan.requests[index]) for index in plan.sampling])
+        result = StepResult()
+        for index, (request, count) in enumerate(work):
+            if rows := self._score_prompt(request, count):
+                result.prompt_logprobs[index] = rows
+        for row, index in enumerate(plan.sampling):
+            self._sample(row, plan.requests[index], plan.num_new_tokens[index], result)
+        return result
+
+    def forget(self, client: bytes) -> None:
+        """A client has left; when it comes back it starts with nothing."""
+        self.last_requests = [r for r in self.last_requests if r.client != client]
+        del self.num_served[client]
 
     def _let_go(self, released: list[int]) -> None:
         assert len(set(released)) == len(released), "released twice"
@@ -70,6 +93,13 @@ class CheckingRunner:
         assert self.lengths.keys() <= set(keys), "who runs gets a token in every step"
         assert all(count > 0 for count in plan.num_new_tokens)
         assert sum(plan.num_new_tokens) <= self._max_num_batched_tokens
+        if len(keys) > 1 and self._long_prefill_token_threshold:
+            assert max(plan.num_new_tokens) <= self._long_prefill_token_threshold
+        families = Counter(id(r.siblings) for r in plan.requests if r.siblings)
+        for request in plan.requests:
+            siblings = request.siblings
+            if siblings and siblings.num_shared_blocks and families[id(siblings)] > 1:
+                assert id(siblings) in self._computed_prompts, "a prompt is computed twice"
         assert plan.sampling == [
             index
             for index, (request, count) in enumerate(
@@ -86,7 +116,20 @@ class CheckingRunner:
             assert start == self.lengths[request.key], "a gap, or computed twice"
         else:
             assert start % self._block_size == 0, "only full blocks are shared"
+            self._check_first_step(request)
         assert self._read(request, start) == self._true_entries(request)[:start]
+
+    def _check_first_step(self, request: Request) -> None:
+        """It begins, or begins again; what could be shared with a sibling is."""
+        if request.key not in self._entries:
+            num_left = len(request.token_ids) - request.num_computed_tokens
+            self.num_served[request.client] += num_left
+        if siblings := request.siblings:
+            shared = siblings.num_shared_blocks * self._block_size
+            donors = [r for r in self._running if r.siblings is siblings]
+            if any(self.lengths[r.key] >= shared for r in donors):
+                self.seen["shared with a sibling"] += shared > 0
+                assert request.num_computed_tokens >= shared, "not shared with a sibling"
 
     def _write(self, request: Request, count: int, holders: Counter[int]) -> None:
         start = request.num_computed_tokens
@@ -97,12 +140,47 @@ class CheckingRunner:
             self._memory[block][position % self._block_size] = entries[position]
         self.lengths[request.key] = start + count
 
-    def _sample(self, request: Request) -> int:
-        context = self._read(request, self.lengths[request.key])
+    def _score_prompt(self, request: Request, count: int) -> ScoredRows | None:
+        wanted = request.params.logprobs
+        if wanted is None or wanted.num_prompt_logprobs is None:
+            return None
+        start, prompt = request.num_computed_tokens, request.token_ids[: request.num_prompt_tokens]
+        if request.num_scored < len(prompt):
+            assert count <= self.facts.max_scored_rows
+        first = max(1, start + 1, wanted.prompt_start, request.num_scored)
+        positions = range(first, min(start + count + 1, len(prompt)))
+        if not positions:
+            return None
+        ranks, token_ids, logprobs = zip(*(row_of(prompt, p) for p in positions), strict=True)
+        return ScoredRows(first, list(ranks), b"".join(token_ids), b"".join(logprobs))
+
+    def _sample(self, row: int, request: Request, count: int, result: StepResult) -> None:
+        length = self.lengths[request.key]
+        context = self._read(request, length)
         assert context == self._true_entries(request)
-        digest = digest_prefix([entry[0] for entry in context if entry])
-        position = len(context) - request.num_prompt_tokens
-        return next_token(digest, position, request.params, self.facts.model.vocab_size)
+        position = length - request.num_prompt_tokens
+        place = (request.client, request.handle, position)
+        if kind := self._marks.error_at(*place):
+            result.token_ids.append(-1)
+            result.errors[row] = RowError(kind, "as marked")
+            # Whatever it has written is not to be read by anybody.
+            for written in range(length - count, length):
+                block = request.block_ids[written // self._block_size]
+                self._memory[block][written % self._block_size] = None
+            return
+        token_ids = [entry[0] for entry in context if entry]
+        vocab_size = self.facts.model.vocab_size
+        token_id = next_token(digest_prefix(token_ids), position, request.params, vocab_size)
+        result.token_ids.append(token_id)
+        if self._marks.is_complete_at(*place):
+            result.complete.add(row)
+        if (wanted := request.params.logprobs) and wanted.num_logprobs is not None:
+            rank, ids, logprobs = row_of([*token_ids, token_id], length)
+            result.logprobs[row] = ScoredRows(position, [rank], ids, logprobs)
+        self.num_sampled += 1
+        self.num_served[request.client] += 1
+        if request.siblings:
+            self._computed_prompts.add(id(request.siblings))
 
     def _read(self, request: Request, length: int) -> list[Entry | None]:
         """The first `length` tokens, as attention would see them."""

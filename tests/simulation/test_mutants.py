@@ -1,4 +1,5 @@
-"""The simulation can fail: each of these one-line mistakes is noticed within a few schedules."""
+"""The simulation can fail: each of these one-line mistakes is noticed within a thousand schedules,
+and most within a few."""
 
 import inspect
 import textwrap
@@ -6,26 +7,37 @@ from typing import Any
 
 import pytest
 
+from footplate.backend import admission as admission_module
+from footplate.backend import deadlines as deadlines_module
+from footplate.backend import engine_core as engine_core_module
+from footplate.backend import prefix_cache as prefix_cache_module
 from footplate.backend import scheduler as scheduler_module
+from footplate.backend.admission import Admission
+from footplate.backend.backlog import Backlog
 from footplate.backend.block_pool import BlockPool
+from footplate.backend.delivery import Delivery
 from footplate.backend.engine_core import EngineCore
+from footplate.backend.prefix_cache import PrefixCache
+from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.scheduler import Scheduler
+from footplate.backend.siblings import Siblings
+from footplate.backend.waiting_queue import WaitingQueue
 
 from .simulation import Simulation
 
-NUM_SCHEDULES = 300
+NUM_SCHEDULES = 1000
 
 MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "sharing does not count": (BlockPool, "share", "self._num_holders[block] += 1", "pass"),
     "a block is named after its neighbour": (
-        Scheduler,
-        "_register_full_blocks",
+        PrefixCache,
+        "register",
         "request.block_ids[index]",
         "request.block_ids[index - 1]",
     ),
     "blocks are named before they are computed": (
         Scheduler,
-        "update",
+        "_count_computed",
         "request.num_computed_tokens // block_size",
         "len(request.token_ids) // block_size",
     ),
@@ -35,12 +47,17 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "self._content.pop(block, None)",
         "None",
     ),
-    "the hash leaves out the salt": (scheduler_module, "root_hash", " + cache_salt.encode()", ""),
-    "the hash leaves out the prefix": (scheduler_module, "prefix_hash", "parent + ", ""),
+    "the hash leaves out the salt": (
+        prefix_cache_module,
+        "root_hash",
+        " + cache_salt.encode()",
+        "",
+    ),
+    "the hash leaves out the prefix": (prefix_cache_module, "prefix_hash", "parent + ", ""),
     "the whole prompt is taken from the cache": (
-        Scheduler,
-        "_find_cached_prefix",
-        "(len(request.token_ids) - 1)",
+        PrefixCache,
+        "_num_readable_blocks",
+        "len(request.token_ids) - 1",
         "len(request.token_ids)",
     ),
     "cached blocks are counted as free twice": (
@@ -71,7 +88,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         Scheduler,
         "_plan_running",
         "budget - (len(running) - index - 1)",
-        "budget",
+        "max(1, budget)",
     ),
     "the budget is one too large": (
         Scheduler,
@@ -93,29 +110,148 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "one token too many": (
         Scheduler,
-        "_reason_to_stop",
-        "num_output_tokens >= params",
-        "num_output_tokens > params",
+        "hold",
+        "request.params.max_tokens",
+        "request.params.max_tokens + 1",
     ),
     "outputs are handed out twice": (
-        EngineCore,
-        "take_outputs",
+        Delivery,
+        "take",
         "taken, self._columns = self._columns, {}",
         "taken = dict(self._columns)",
     ),
     "an abort is not confirmed": (
         EngineCore,
-        "handle",
-        "self._tell_end(client, handle, FinishReason.ABORT)",
+        "_finish",
+        "self._delivery.end(request.client, request.handle, reason)",
         "pass",
     ),
     "who leaves is still spoken to": (
         EngineCore,
         "leave",
-        "self._columns.pop(client, None)",
+        "self._delivery.forget(client)",
         "pass",
     ),
-    "negative token ids are accepted": (EngineCore, "_why_invalid", "min(prompt) < 0 or ", ""),
+    "negative token ids are accepted": (Admission, "_check_ids", "min(token_ids) < 0 or ", ""),
+    "a sibling shares what is not computed": (
+        Siblings,
+        "find_donor",
+        "request.num_computed_tokens >= num_tokens",
+        "True",
+    ),
+    "siblings share nothing": (Siblings, "find_donor", "return request", "return None"),
+    "siblings do not wait for the first": (
+        Siblings,
+        "__init__",
+        "num_shared_blocks > 0 or wants_prompt_logprobs(first)",
+        "False",
+    ),
+    "siblings wait when the first has died": (
+        Siblings,
+        "replace",
+        "ended is not self._first",
+        "True",
+    ),
+    "siblings are let go only by the first's death": (
+        Scheduler,
+        "update",
+        "self._release_siblings(pairs)",
+        "pass",
+    ),
+    "every sibling tells the prompt's logprobs": (
+        Siblings,
+        "__init__",
+        "request.num_scored = request.num_prompt_tokens",
+        "pass",
+    ),
+    "an heir does not tell the prompt's logprobs": (
+        Siblings,
+        "replace",
+        "heir.num_scored = self._num_scored",
+        "pass",
+    ),
+    "all siblings have one seed": (admission_module, "_sibling", "first.params.seed + index", "0"),
+    "siblings write to one list": (Scheduler, "_admit_first", "token_ids.copy()", "token_ids"),
+    "a deadline is for running requests": (
+        deadlines_module,
+        "_matters",
+        "is not State.FINISHED",
+        "is State.RUNNING",
+    ),
+    "the first token's deadline is for all tokens": (
+        deadlines_module,
+        "_matters",
+        " and not (until_first and request.num_output_tokens)",
+        "",
+    ),
+    "a deadline counts from now": (engine_core_module, "make_requests", " - message.age_s", ""),
+    "who has been idle has saved up its share": (
+        WaitingQueue,
+        "_lift",
+        "max(line.num_served, min(waiting, default=self._last.num_served))",
+        "line.num_served",
+    ),
+    "service is not counted": (WaitingQueue, "serve", "+= num_tokens", "+= 0"),
+    "the prior output does not count": (
+        Scheduler,
+        "hold",
+        "request.num_prompt_tokens + request.params.max_tokens",
+        "num_tokens + request.params.max_tokens",
+    ),
+    "the start is told at output position 0 only": (
+        EngineCore,
+        "_tell_tokens",
+        "position == request.num_prior_tokens",
+        "position == 0",
+    ),
+    "a prior output that has ended is taken up": (
+        Admission,
+        "_check_prior",
+        "prior[params.min_tokens :]",
+        "prior[params.min_tokens + 1 :]",
+    ),
+    "a prompt is scored twice": (
+        Scheduler,
+        "_count_computed",
+        "request.num_scored = max(request.num_scored, num_scored)",
+        "pass",
+    ),
+    "positions to score are read from the cache": (
+        PrefixCache,
+        "_num_readable_blocks",
+        "request.num_scored < request.num_prompt_tokens",
+        "False",
+    ),
+    "more rows are scored than there is room for": (
+        Scheduler,
+        "_chunk",
+        "count = min(count, self._max_scored_rows)",
+        "pass",
+    ),
+    "a long prompt is never capped": (Scheduler, "_chunk", "and not is_alone", "and False"),
+    "the rows of a failed request get a name": (
+        Scheduler,
+        "update",
+        "for row in result.errors:",
+        "self._count_computed(plan)\n"
+        "    plan.num_new_tokens = [0] * len(plan.requests)\n"
+        "    for row in result.errors:",
+    ),
+    "a failed request gets a token": (scheduler_module, "produced", "if result.errors", "if False"),
+    "a complete grammar goes on": (Scheduler, "update", "in result.complete", "in ()"),
+    "a pattern has to be said once more": (
+        RepetitionDetector,
+        "__init__",
+        "(wanted.min_count - 1)",
+        "wanted.min_count",
+    ),
+    "the prompt of siblings is counted for each": (
+        Backlog,
+        "enter",
+        "requests[0].num_prompt_tokens",
+        "len(requests) * requests[0].num_prompt_tokens",
+    ),
+    "who has run is still queued": (Scheduler, "_admit_first", "self.backlog.leave(request)", ""),
 }
 
 

@@ -37,5 +37,7 @@ def test_the_schedules_go_where_it_hurts() -> None:
     assert seen["preemption"] > seen["preemption by priority"] > 50
     assert seen["cached token"] > 500
     assert seen["add"] > 1000
-    assert seen["abort"] > 100
-    assert min(seen[event] for event in ("refusal", "leave", "stats", "reset done")) > 20
+    assert min(seen[event] for event in ("abort", "siblings", "deadline", "stop", "error")) > 100
+    assert min(seen[event] for event in ("refusal", "prior", "overflow", "fair share")) > 50
+    assert min(seen[event] for event in ("shared with a sibling", "stats", "reset done")) > 30
+    assert min(seen[event] for event in ("leave", "repetition")) > 10

@@ -1,0 +1,128 @@
+"""What clients are to be told at the next border between two steps, in columns."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from footplate.backend.step import ScoredRows
+from footplate.protocol.messages import (
+    ErrorKind,
+    Finished,
+    FinishReason,
+    LogprobRows,
+    Started,
+    StepOutputs,
+)
+
+# Rows of logprobs may be as long as the vocabulary. A message with more bytes of them than this is
+# closed and another begun: frames have a limit (`codec.MAX_FRAME_BYTES`).
+MAX_ROW_BYTES = 4 * 2**20
+
+
+class Columns(msgspec.Struct):
+    """The next message for one client."""
+
+    handles: list[int] = []
+    positions: list[int] = []
+    token_ids: list[int] = []
+    started: list[Started] = []
+    finished: list[Finished] = []
+    logprobs: list[LogprobRows] = []
+    prompt_logprobs: list[LogprobRows] = []
+    num_row_bytes: int = 0
+
+
+class Delivery:
+    """Owns what has been produced and not been taken."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._columns: dict[bytes, Columns] = {}
+        self._full: list[tuple[bytes, StepOutputs]] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to take."""
+        return bool(self._columns)
+
+    def to(self, client: bytes) -> Columns:
+        """The columns to write to, for this client and now."""
+        columns = self._columns.get(client)
+        if columns is None:
+            columns = self._columns[client] = Columns()
+        return columns
+
+    def end(
+        self,
+        client: bytes,
+        handle: int,
+        reason: FinishReason,
+        message: str = "",
+        kind: ErrorKind = ErrorKind.INTERNAL,
+    ) -> None:
+        """A request has ended."""
+        self.to(client).finished.append(Finished(handle, reason, message, kind))
+
+    def score(self, client: bytes, handle: int, position: int, rows: ScoredRows) -> None:
+        """Logprobs of the token that was written last, at output `position`."""
+        columns = self.to(client)
+        columns.logprobs.append(
+            LogprobRows(handle, position, rows.ranks, rows.token_ids, rows.logprobs)
+        )
+        self._weigh(client, columns, rows)
+
+    def score_prompt(self, client: bytes, handle: int, rows: ScoredRows) -> None:
+        """Logprobs of tokens of a prompt."""
+        for part in _split(rows):
+            columns = self.to(client)
+            columns.prompt_logprobs.append(
+                LogprobRows(handle, part.position, part.ranks, part.token_ids, part.logprobs)
+            )
+            self._weigh(client, columns, part)
+
+    def _weigh(self, client: bytes, columns: Columns, rows: ScoredRows) -> None:
+        columns.num_row_bytes += len(rows.token_ids) + len(rows.logprobs)
+        if columns.num_row_bytes > MAX_ROW_BYTES:
+            self._full.append((client, self._close(columns)))
+            # Still there, so that the client is known to have something to take.
+            self._columns[client] = Columns()
+
+    def _close(self, c: Columns) -> StepOutputs:
+        return StepOutputs(
+            epoch=self._epoch,
+            handles=c.handles,
+            positions=c.positions,
+            token_ids=c.token_ids,
+            started=c.started,
+            finished=c.finished,
+            logprobs=c.logprobs,
+            prompt_logprobs=c.prompt_logprobs,
+        )
+
+    def take(self) -> list[tuple[bytes, StepOutputs]]:
+        """Everything, in order; each output is handed out once."""
+        if not self._columns:
+            return []
+        outputs, self._full = self._full, []
+        taken, self._columns = self._columns, {}
+        outputs += [(client, self._close(columns)) for client, columns in taken.items()]
+        return outputs
+
+    def forget(self, client: bytes) -> None:
+        """A client has left."""
+        if self._columns.pop(client, None) is not None:
+            self._full = [entry for entry in self._full if entry[0] != client]
+
+
+def _split(rows: ScoredRows) -> Iterator[ScoredRows]:
+    """Parts of at most `MAX_ROW_BYTES`, or of one row."""
+    num_rows = len(rows.ranks)
+    row_bytes = len(rows.token_ids) // num_rows  # of ids, and as many of logprobs
+    step = max(1, MAX_ROW_BYTES // (2 * row_bytes))
+    for start in range(0, num_rows, step):
+        part = slice(start * row_bytes, (start + step) * row_bytes)
+        yield ScoredRows(
+            rows.position + start,
+            rows.ranks[start : start + step],
+            rows.token_ids[part],
+            rows.logprobs[part],
+        )
