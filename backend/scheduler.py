@@ -9,11 +9,12 @@ from bisect import insort
 
 from footplate.backend.backlog import Backlog
 from footplate.backend.block_pool import BlockPool
+from footplate.backend.logits.wanted import wants_prompt_logprobs
 from footplate.backend.prefix_cache import PrefixCache
 from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Event, Request, State
 from footplate.backend.siblings import Siblings
-from footplate.backend.step import StepPlan, StepResult, produced, wants_prompt_logprobs
+from footplate.backend.step import StepPlan, StepResult, produced
 from footplate.backend.stopping import reason_to_stop
 from footplate.backend.waiting_queue import WaitingQueue
 from footplate.protocol.config import SchedulerConfig
@@ -61,7 +62,7 @@ class Scheduler:
         self._waiting = WaitingQueue(self._by_priority)
         self._num_held = 0
         self._num_arrivals = 0
-        self._scoring: list[Request] = []  # of the current plan, with prompt positions to score
+        self._rereading: list[Request] = []  # of the current plan, whose prompt is computed anew
         self._released: list[int] = []
         self.backlog = Backlog()
         self.num_preemptions = 0
@@ -153,7 +154,7 @@ class Scheduler:
         leaves goes to waiting ones, as long as slots and blocks last.
         """
         plan = StepPlan()
-        self._scoring.clear()
+        self._rereading.clear()
         if self._by_priority:
             self._admit_urgent(now)
         budget = self._plan_running(plan, self._config.max_num_batched_tokens)
@@ -193,9 +194,10 @@ class Scheduler:
         if (cap := self._config.long_prefill_token_threshold) and not is_alone:
             count = min(count, cap)
         if request.num_scored < request.num_prompt_tokens:
-            self._scoring.append(request)
             if wants_prompt_logprobs(request):
                 count = min(count, self._max_scored_rows)
+            else:
+                self._rereading.append(request)
         return count
 
     def _lift_cap(self, plan: StepPlan) -> None:
@@ -335,7 +337,7 @@ class Scheduler:
         for row in result.errors:
             # Before its blocks get names: what it computed last may be what is wrong.
             self.finish(plan.requests[plan.sampling[row]], FinishReason.ERROR)
-        self._count_computed(plan)
+        self._count_computed(plan, result)
         pairs = produced(plan, result)
         if self._num_held:
             self._release_siblings(pairs)
@@ -360,7 +362,7 @@ class Scheduler:
             self._running = [r for r in self._running if r.state is State.RUNNING]
         return finished
 
-    def _count_computed(self, plan: StepPlan) -> None:
+    def _count_computed(self, plan: StepPlan, result: StepResult) -> None:
         block_size, caching = self._block_size, self._caching
         for request, count in zip(plan.requests, plan.num_new_tokens, strict=True):
             request.num_computed_tokens += count
@@ -371,10 +373,14 @@ class Scheduler:
                 and request.state is State.RUNNING
             ):
                 self._cache.register(request, num_full)
-        for request in self._scoring:
-            # Position 0 has no logprob; that of any other is known when those before it are.
-            num_scored = min(request.num_computed_tokens + 1, request.num_prompt_tokens)
-            request.num_scored = max(request.num_scored, num_scored)
+        for request in self._rereading:
+            num_computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+            request.num_scored = max(request.num_scored, num_computed)
+        for index, rows in result.prompt_logprobs.items():
+            # Not what was computed: a runner may collect the chunks of a prompt, and tell of all
+            # its rows with the last.
+            request = plan.requests[index]
+            request.num_scored = max(request.num_scored, rows.position + len(rows.ranks))
 
     def _release_siblings(self, pairs: list[tuple[Request, int]]) -> None:
         for request, _ in pairs:

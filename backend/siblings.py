@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Container
 
+from footplate.backend.logits.wanted import wants_prompt_logprobs
 from footplate.backend.request import Request, State
-from footplate.backend.step import wants_prompt_logprobs
 
 
 class Siblings:

@@ -81,14 +81,6 @@ def produced(plan: StepPlan, result: StepResult) -> list[tuple[Request, int]]:
     return pairs
 
 
-def wants_prompt_logprobs(request: Request) -> bool:
-    """Whether positions of its prompt are scored at all."""
-    wanted = request.params.logprobs
-    return wanted is not None and bool(
-        wanted.num_prompt_logprobs is not None or wanted.prompt_token_ids
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class RunnerFacts:
     """What a loaded model runner knows and the engine core needs.

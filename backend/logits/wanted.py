@@ -27,6 +27,14 @@ def output_logprobs(request: Request) -> LogprobsRequest | None:
     return wanted
 
 
+def wants_prompt_logprobs(request: Request) -> bool:
+    """Whether positions of its prompt are scored at all."""
+    wanted = request.params.logprobs
+    return wanted is not None and bool(
+        wanted.num_prompt_logprobs is not None or wanted.prompt_token_ids
+    )
+
+
 def prompt_positions(request: Request, start: int, end: int) -> range:
     """The prompt positions whose tokens are to be scored when tokens `start` to `end` - 1 are
     computed: each by the row of the token before it.
@@ -34,7 +42,7 @@ def prompt_positions(request: Request, start: int, end: int) -> range:
     Behind the prompt may be output of an earlier life of the request: that is not scored.
     """
     wanted = request.params.logprobs
-    if wanted is None or (wanted.num_prompt_logprobs is None and not wanted.prompt_token_ids):
+    if wanted is None or not wants_prompt_logprobs(request):
         return range(0)
     first = max(1, start + 1, wanted.prompt_start, request.num_scored)
     return range(first, min(end + 1, request.num_prompt_tokens))

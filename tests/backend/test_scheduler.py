@@ -7,9 +7,10 @@ import pytest
 
 from footplate.backend import prefix_cache as prefix_cache_module
 from footplate.backend.block_pool import BlockPool
+from footplate.backend.logits.wanted import prompt_positions
 from footplate.backend.request import Request, State
 from footplate.backend.scheduler import Scheduler
-from footplate.backend.step import RowError, StepPlan, StepResult
+from footplate.backend.step import RowError, ScoredRows, StepPlan, StepResult
 from footplate.protocol.config import SchedulerConfig
 from footplate.protocol.messages import ErrorKind, FinishReason
 from footplate.protocol.token_params import LogprobsRequest, RepetitionDetection, TokenParams
@@ -51,6 +52,7 @@ class Bench:
             max_scored_rows,
         )
         self.requests: list[Request] = []
+        self.collects_chunks = False
 
     def add(self, prompt: int | list[int], **options: Any) -> Request:
         """Add a request with this prompt, or with one of this length that no other begins like.
@@ -93,9 +95,22 @@ class Bench:
         plan = self.scheduler.schedule(now=0.0)
         tokens = [FIRST_OUTPUT_ID + len(plan.requests[i].token_ids) for i in plan.sampling]
         result = StepResult(tokens, errors or {}, {complete} - {-1})
+        result.prompt_logprobs = self.score(plan)
         self.finished = self.scheduler.update(plan, result)
         self.scheduler.check_ledger()
         return plan
+
+    def score(self, plan: StepPlan) -> dict[int, ScoredRows]:
+        """What a runner says of prompts, without the numbers: of chunks as they come, or of whole
+        prompts at their end."""
+        scored = {}
+        for index, request in enumerate(plan.requests):
+            end = request.num_computed_tokens + plan.num_new_tokens[index]
+            start = 0 if self.collects_chunks else request.num_computed_tokens
+            positions = prompt_positions(request, start, end)
+            if positions and not (self.collects_chunks and index not in plan.sampling):
+                scored[index] = ScoredRows(positions.start, [1] * len(positions), b"", b"")
+        return scored
 
     def steps(self, count: int) -> list[StepPlan]:
         return [self.step() for _ in range(count)]
@@ -1101,6 +1116,17 @@ def test_positions_are_scored_as_they_are_computed() -> None:
         told.append(request.num_scored)
         bench.step()
     assert told == [1, 5, 9, 10]
+
+
+def test_a_runner_that_collects_a_prompts_chunks_is_asked_for_all_of_its_rows_at_the_end() -> None:
+    bench = Bench(budget=4, max_num_seqs=4)
+    bench.collects_chunks = True
+    request = bench.add(PROMPT, **scored())
+    told = []
+    for _ in range(4):
+        told.append(request.num_scored)
+        bench.step()
+    assert told == [1, 1, 1, 10]
 
 
 def test_no_more_rows_are_scored_in_a_step_than_there_is_room_for() -> None:

@@ -213,7 +213,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "a prompt is scored twice": (
         Scheduler,
         "_count_computed",
-        "request.num_scored = max(request.num_scored, num_scored)",
+        "request.num_scored = max(request.num_scored, rows.position + len(rows.ranks))",
         "pass",
     ),
     "positions to score are read from the cache": (
@@ -233,7 +233,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         Scheduler,
         "update",
         "for row in result.errors:",
-        "self._count_computed(plan)\n"
+        "self._count_computed(plan, result)\n"
         "    plan.num_new_tokens = [0] * len(plan.requests)\n"
         "    for row in result.errors:",
     ),
