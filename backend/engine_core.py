@@ -7,14 +7,16 @@ from collections.abc import Callable
 import msgspec
 
 from footplate.backend.block_pool import BlockPool
-from footplate.backend.request import Request
+from footplate.backend.request import Event, Request
 from footplate.backend.scheduler import Scheduler
 from footplate.backend.step import ModelRunner
+from footplate.backend.structured.interface import CompiledGrammar, CompilesGrammars, GrammarError
 from footplate.protocol.config import CacheConfig, SchedulerConfig
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
     ControlReply,
+    ErrorKind,
     Finished,
     FinishReason,
     GetStats,
@@ -24,6 +26,7 @@ from footplate.protocol.messages import (
     Stats,
     StepOutputs,
 )
+from footplate.protocol.token_params import Grammar
 
 ClientId = bytes
 Requested = AddRequest | AbortRequests | ResetPrefixCache | GetStats
@@ -42,7 +45,8 @@ class _Columns(msgspec.Struct):
 class EngineCore:
     """Owns the live requests of every client, by client and handle.
 
-    Every AddRequest gets exactly one `Finished`, whatever happens to it.
+    Every AddRequest gets exactly one `Finished`, whatever happens to it. A request whose grammar is
+    being compiled is live, and the scheduler's only when that is done.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class EngineCore:
         scheduler: SchedulerConfig,
         epoch: int,
         clock: Callable[[], float],
+        grammars: CompilesGrammars | None = None,
     ) -> None:
         facts = runner.facts
         caching = cache.enable_prefix_caching and facts.supports_prefix_caching
@@ -71,6 +76,8 @@ class EngineCore:
         self._scheduler = Scheduler(scheduler, self._pool, facts.model.max_model_len, caching)
         self._requests: dict[ClientId, dict[int, Request]] = {}
         self._columns: dict[ClientId, _Columns] = {}
+        self._grammars = grammars
+        self._compiling: dict[int, Request] = {}  # by key
         self._num_keys = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -91,7 +98,7 @@ class EngineCore:
     def leave(self, client: ClientId) -> None:
         """Free everything a client held, and forget it. Unknown clients are no error."""
         for request in self._requests.pop(client, {}).values():
-            self._scheduler.finish(request, FinishReason.ABORT)
+            self._end_early(request, FinishReason.ABORT)
         self._columns.pop(client, None)
 
     def handle(self, client: ClientId, message: Requested) -> ControlReply | None:
@@ -105,7 +112,7 @@ class EngineCore:
             case AbortRequests(handles=handles):
                 for handle in handles:
                     if request := requests.pop(handle, None):
-                        self._scheduler.finish(request, FinishReason.ABORT)
+                        self._end_early(request, FinishReason.ABORT)
                         self._tell_end(client, handle, FinishReason.ABORT)
             case ResetPrefixCache(call=call):
                 ok = self._pool.forget_cached()
@@ -131,7 +138,10 @@ class EngineCore:
             arrival_time=self._clock(),
         )
         self._num_prompt_tokens += request.num_prompt_tokens
-        self._scheduler.add(request)
+        if message.params.grammar is None:
+            self._scheduler.add(request)
+        else:
+            self._compile(request, message.params.grammar)
 
     def _why_invalid(self, requests: dict[int, Request], message: AddRequest) -> str:
         """The client has checked all this with better words; a core that believed it could be
@@ -145,17 +155,65 @@ class EngineCore:
             return f"token ids must be 0 to {self.model.vocab_size - 1}"
         return ""
 
+    def _end_early(self, request: Request, reason: FinishReason) -> None:
+        """End a live request from outside, wherever it waits or runs."""
+        if self._compiling.pop(request.key, None):
+            request.advance(Event.FINISH)
+            request.finish_reason = reason
+        else:
+            self._scheduler.finish(request, reason)
+
     def _tell_end(
-        self, client: ClientId, handle: int, reason: FinishReason, message: str = ""
+        self,
+        client: ClientId,
+        handle: int,
+        reason: FinishReason,
+        message: str = "",
+        kind: ErrorKind = ErrorKind.INTERNAL,
     ) -> None:
         columns = self._columns_of(client)
-        columns.finished.append(Finished(handle, reason, message))
+        columns.finished.append(Finished(handle, reason, message, kind))
 
     def _columns_of(self, client: ClientId) -> _Columns:
         columns = self._columns.get(client)
         if columns is None:
             columns = self._columns[client] = _Columns()
         return columns
+
+    # ---- grammars
+
+    def _compile(self, request: Request, grammar: Grammar) -> None:
+        """Give a request to the scheduler as soon as its grammar is compiled: now, if it is."""
+        self._compiling[request.key] = request
+        if self._grammars is None:
+            error = GrammarError("this engine core compiles no grammars")
+            self._on_compiled(request.key, error)
+        elif compiled := self._grammars.submit(request.key, grammar):
+            self._on_compiled(request.key, compiled)
+
+    def _take_compiled(self) -> None:
+        assert self._grammars is not None, "nobody compiles what is waited for"
+        for key, outcome in self._grammars.take_finished():
+            self._on_compiled(key, outcome)
+
+    def _on_compiled(self, key: int, outcome: CompiledGrammar | GrammarError) -> None:
+        request = self._compiling.get(key)
+        if request is None:
+            return  # it was aborted meanwhile
+        if isinstance(outcome, GrammarError):
+            self._end_early(request, FinishReason.ERROR)
+            del self._requests[request.client][request.handle]
+            self._tell_end(
+                request.client,
+                request.handle,
+                FinishReason.ERROR,
+                str(outcome),
+                ErrorKind.GRAMMAR,
+            )
+        else:
+            del self._compiling[key]
+            request.grammar = outcome
+            self._scheduler.add(request)
 
     # ---- one step
 
@@ -165,6 +223,8 @@ class EngineCore:
         Every running request advances by one token, or by one chunk of its prompt. New requests
         join and finished ones leave between two calls, never inside one.
         """
+        if self._compiling:
+            self._take_compiled()
         plan = self._scheduler.schedule(self._clock())
         sampled = self._runner.execute(plan).token_ids
         if not plan.requests:
@@ -216,7 +276,7 @@ class EngineCore:
         scheduler, pool = self._scheduler, self._pool
         return Stats(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + len(self._compiling),
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
             num_steps=self._num_steps,
@@ -232,4 +292,6 @@ class EngineCore:
         """Assert the invariants of scheduler, pool and request tables. For tests."""
         self._scheduler.check_ledger()
         live = sum(len(requests) for requests in self._requests.values())
-        assert live == self._scheduler.num_running + self._scheduler.num_waiting
+        assert live == sum(
+            (self._scheduler.num_running, self._scheduler.num_waiting, len(self._compiling))
+        )

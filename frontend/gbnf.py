@@ -1,8 +1,8 @@
 """GBNF, llama.cpp's notation for grammars, and its relatives with `::=`, translated to Lark.
 
-Time is linear in the text. Rules that refer to no recursive rule become terminals, and so do runs of
-them inside other rules: a terminal is one automaton, and its parts need no border between them that
-the lexer would have to find. Newlines are space, so alternatives may stand on lines of their own.
+Time is linear in the text. Rules that refer to no recursive rule become terminals, and so do runs
+of them inside other rules: a terminal is one automaton, and between its parts the lexer needs to
+find no border. Newlines are space, so alternatives may stand on lines of their own.
 """
 
 from __future__ import annotations
@@ -199,9 +199,7 @@ class _Parser:
         if not items:
             raise self._error("a character class is empty")
         written = [
-            "-"
-            if raw == "-" and 0 < index < len(items) - 1
-            else f"\\x{{{ord(character):x}}}"
+            "-" if raw == "-" and 0 < index < len(items) - 1 else f"\\x{{{ord(character):x}}}"
             for index, (raw, character) in enumerate(items)
         ]
         return f"/[{'^' if negated else ''}{''.join(written)}]/"

@@ -82,7 +82,9 @@ class GrammarTranslator:
             raise _refusal(params, f"smaller: {error}") from None
         except (_UnusableError, GbnfError, TypeError, ValueError, RecursionError) as error:
             reason = _one_line(str(error))
-            raise _refusal(params, f"{_DESCRIPTIONS[kind]} that can be compiled ({reason})") from None
+            raise _refusal(
+                params, f"{_DESCRIPTIONS[kind]} that can be compiled ({reason})"
+            ) from None
         self._keep(key, grammar)
         return grammar
 
@@ -191,11 +193,16 @@ def _from_structural_tag(params: StructuredOutputsParams, special_tokens: frozen
             lines.append(f"trigger_{number}[lazy]: TEXT {lark_string(trigger)}")
     for number, structure in enumerate(structures):
         begin, end = structure["begin"], structure["end"]
-        trigger = max((t for t in triggers if begin.startswith(t)), key=len, default=None)
-        if trigger is None:
+        trigger = max((t for t in triggers if begin.startswith(t)), key=len, default="")
+        if not trigger:
             raise ValueError(f"no trigger begins {begin[:40]!r}")
         schema = json.dumps(_prepare_schema(structure["schema"], params), ensure_ascii=False)
-        parts = [names[trigger], lark_string(begin[len(trigger) :]), f"%json {schema}", lark_string(end)]
+        parts = [
+            names[trigger],
+            lark_string(begin[len(trigger) :]),
+            f"%json {schema}",
+            lark_string(end),
+        ]
         lines.append(f"tag_{number}: " + " ".join(part for part in parts if part != '""'))
     lines.append("tag: " + " | ".join(f"tag_{number}" for number in range(len(structures))))
     return "\n".join(lines) + "\n"
@@ -302,8 +309,9 @@ _HOLDS_SCHEMAS_BY_NAME = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 )
 _HOLDS_SCHEMAS = frozenset(
-    "items prefixItems additionalItems unevaluatedItems contains additionalProperties "
-    "unevaluatedProperties propertyNames allOf anyOf oneOf not if then else".split()
+    ("items", "prefixItems", "additionalItems", "unevaluatedItems", "contains")
+    + ("additionalProperties", "unevaluatedProperties", "propertyNames")
+    + ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
 )
 
 

@@ -269,7 +269,7 @@ _OPTIONAL = re.compile(r"[?*{\[~]|\|\s*\)|\(\s*\||\|\s*\||\"\"")
 _LARK_LITERAL = re.compile(r'//[^\n]*|"(?:[^"\\\n]|\\.)*"|(/(?:[^/\\\n]|\\.)+/[a-z]*)')
 _EMBEDDED_SCHEMA = re.compile(r"%json\s*(?=\{)")
 _DEFINITION = re.compile(
-    r'''^[ \t]*[?!]?([A-Za-z_]\w*)[ \t]*(?:\[(?:"[^"\n]*"|[^]"\n])*\])?(?:\.-?\d+|::\w+)?[ \t]*:''',
+    r"""^[ \t]*[?!]?([A-Za-z_]\w*)[ \t]*(?:\[(?:"[^"\n]*"|[^]"\n])*\])?(?:\.-?\d+|::\w+)?[ \t]*:""",
     re.MULTILINE,
 )
 _NAME = re.compile(r"\b[A-Za-z_]\w*")

@@ -169,7 +169,7 @@ class LlguidanceMatcher:
 
     def _is_complete(self) -> bool:
         if self._matcher.is_stopped():
-            raise_error_of(self._matcher)
+            self._raise_if_dead()
             return True
         if self._vocabulary.never_sampled is None or not self._matcher.is_accepting():
             return False
@@ -183,6 +183,12 @@ class LlguidanceMatcher:
         guarded(lambda: self._vocabulary.fill_mask(self._matcher, mask))
         if not mask.any():
             raise_error_of(self._matcher, "the grammar allows no token here")
+        self._raise_if_dead()
+
+    def _raise_if_dead(self) -> None:
+        """In a state that no text leads out of, llguidance allows the end all the same."""
+        if self._matcher.is_stopped() and not self._matcher.is_accepting():
+            raise_error_of(self._matcher, "no output matches the grammar")
 
 
 def guarded(work: Callable[[], Result]) -> Result:
@@ -258,5 +264,3 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Path) -> None:
         ):
             special = bool(token.get("special"))
             backend.add_tokens([AddedToken(token["content"], special=special)])
-
-
