@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from footplate.frontend.gbnf import GbnfError, gbnf_to_lark, is_gbnf, lark_string
+from footplate.frontend.json_schema import close_objects, tighten_exclusive_bounds
 from footplate.protocol.bounds import MAX_GRAMMAR_BYTES
 from footplate.protocol.errors import InvalidParameterError
 from footplate.protocol.grammar_limits import (
@@ -87,6 +88,11 @@ class GrammarTranslator:
             ) from None
         self._keep(key, grammar)
         return grammar
+
+    @property
+    def num_cached(self) -> int:
+        """Grammars that would not be checked again."""
+        return len(self._cache)
 
     def _keep(self, key: bytes, grammar: Grammar) -> None:
         with self._lock:
@@ -273,6 +279,7 @@ def _wrap(**grammar: object) -> str:
 def _prepare_schema(schema: Any, params: StructuredOutputsParams) -> Any:
     if params.disable_additional_properties:
         close_objects(schema)
+    tighten_exclusive_bounds(schema)
     if not isinstance(schema, dict):
         return schema  # true, or a mistake that the engine words
     options: dict[str, object] = {}
@@ -282,37 +289,6 @@ def _prepare_schema(schema: Any, params: StructuredOutputsParams) -> Any:
         options["whitespace_pattern"] = params.whitespace_pattern
     own = schema.get("x-guidance", {})
     return {**schema, "x-guidance": {**own, **options}} if options else schema
-
-
-def close_objects(schema: object) -> None:
-    """Set `additionalProperties` to false, in place, wherever a schema names properties and says
-    nothing about others: vLLM's rule. A schema that names none stays open.
-
-    Follows the keywords that hold schemas; data (`enum`, `const`, `default`, ...) and properties
-    that are named like a keyword stay as they are.
-    """
-    schemas = [schema]
-    while schemas:
-        current = schemas.pop()
-        if not isinstance(current, dict):
-            continue
-        for keyword, value in current.items():
-            if keyword in _HOLDS_SCHEMAS_BY_NAME and isinstance(value, dict):
-                schemas += value.values()
-            elif keyword in _HOLDS_SCHEMAS:
-                schemas += value if isinstance(value, list) else [value]
-        if "properties" in current or "patternProperties" in current:
-            current.setdefault("additionalProperties", False)
-
-
-_HOLDS_SCHEMAS_BY_NAME = frozenset(
-    ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-)
-_HOLDS_SCHEMAS = frozenset(
-    ("items", "prefixItems", "additionalItems", "unevaluatedItems", "contains")
-    + ("additionalProperties", "unevaluatedProperties", "propertyNames")
-    + ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
-)
 
 
 # ---- the grammar engine's opinion

@@ -7,7 +7,10 @@ below. Client and core check the same: the client in the user's words, the core 
 might not have.
 
 With all of them a grammar compiles within about 2 s and a mask takes at most about 100 ms, on one
-core and a vocabulary of 32,000 tokens; ordinary schemas take a thousandth of that.
+core and a vocabulary of 32,000 tokens; ordinary schemas take a thousandth of that. The exception is
+a Lark grammar that is ambiguous without end, such as `e: e e | e e | ...`: hundreds of alternatives
+of that kind take up to 2 s for a mask before the engine's own limits end the request. No number in
+the text tells it from the grammar of a programming language.
 """
 
 from __future__ import annotations
@@ -43,13 +46,14 @@ MAX_SCHEMA_PROPERTIES = 1_000  # of one object: optional ones cost their number 
 MAX_SCHEMA_STRING_BYTES = 65_536  # forced text is tokenised again for every mask
 MAX_REGEX_BYTES = 8_192
 MAX_CLASSES = 4_096  # `\w` takes 3 KiB of memory, wherever it stands
-MAX_FOLDED_CLASSES = 100  # without regard to case each of them takes up to 5 ms
+MAX_FOLDED_CLASSES = 50  # without regard to case each of them takes up to 16 ms
 # The least common multiple of all `multipleOf`s of a schema, counted in their last digit: the
 # automaton has as many states.
 MAX_MULTIPLE = 20_000
 # The sum over all expressions of their number of optional parts, squared: steps from one state to
-# the next, at 7 ns.
-MAX_OPTIONAL_WORK = 10_000_000
+# the next, at about 15 ns.
+MAX_OPTIONAL_WORK = 6_000_000
+MAX_TERMINAL_CHARS = 100_000_000  # of all terminals of a grammar, written out
 
 
 class GrammarLimitError(ValueError):
@@ -163,7 +167,7 @@ def _check_multiples(multiples: set[Decimal]) -> None:
     if any(not value.is_finite() for value in multiples):
         raise GrammarLimitError("finite numbers")
     digits = [value.as_tuple() for value in multiples if value > 0]
-    scale = max((-int(parts.exponent) for parts in digits), default=0)
+    scale = max([0, *(-int(parts.exponent) for parts in digits)])
     for value in multiples:
         # Before the power is computed: 1e308 and 1e-308 are numbers, too.
         if value > 0 and value.adjusted() + scale > len(str(MAX_MULTIPLE)):
@@ -210,26 +214,33 @@ def _check_lark(text: str) -> None:
     # Strings and comments hold no operators; regular expressions do.
     text = _LARK_LITERAL.sub(lambda match: match[1] or '"x"' if len(match[0]) > 2 else '""', text)
     _check_classes(len(_CLASS.findall(text)), bool(_IGNORES_CASE.search(text)))
-    names = list(_DEFINITION.finditer(text))
-    bodies = {
-        match[1]: text[match.end() : following.start() if following else len(text)]
-        for match, following in zip(names, [*names[1:], None], strict=True)
-    }
-    _check_optional_work(_count_optional(bodies))
-
-
-def _count_optional(bodies: dict[str, str]) -> Iterator[int]:
-    """Optional parts of each definition. A terminal is one regular expression with all that it
-    refers to, as often as it does; a rule is not."""
-    counts = {name: len(_OPTIONAL.findall(body)) for name, body in bodies.items()}
-    yield from counts.values()
+    starts = [match.start() for match in _DEFINITION.finditer(text)]
+    bodies: dict[str, str] = {}
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=False):
+        head = _DEFINITION.match(text, start)
+        assert head is not None
+        bodies[head[1]] = text[head.end() : end]
     terminals = {name for name in bodies if name.isupper()}
     references = {
         name: [word for word in _NAME.findall(bodies[name]) if word in terminals]
         for name in terminals
     }
+    # A terminal is one regular expression with all that it refers to, as often as it does; a rule
+    # is not.
+    length = _expand({name: len(bodies[name]) for name in terminals}, references)
+    if sum(length.values()) > MAX_TERMINAL_CHARS:
+        raise GrammarLimitError(
+            f"terminals of at most {MAX_TERMINAL_CHARS} characters, with all that they refer to"
+        )
+    optional = {name: len(_OPTIONAL.findall(body)) for name, body in bodies.items()}
+    _check_optional_work(optional.values())
+    _check_optional_work(_expand(optional, references).values())
+
+
+def _expand(sizes: dict[str, int], references: dict[str, list[str]]) -> dict[str, int]:
+    """Sizes of terminals together with those that they refer to."""
     expanded: dict[str, int] = {}
-    for name in terminals:
+    for name in references:
         path, entered = [name], set[str]()
         while path:
             top = path[-1]
@@ -240,8 +251,10 @@ def _count_optional(bodies: dict[str, str]) -> Iterator[int]:
                 path += missing
                 continue
             path.pop()
-            expanded[top] = counts[top] + sum(expanded.get(r, 0) for r in references[top])
-    yield from expanded.values()
+            total = sizes[top] + sum(expanded.get(r, 0) for r in references[top])
+            # Sizes that double from one terminal to the next would have no end of digits.
+            expanded[top] = min(total, MAX_TERMINAL_CHARS + 1)
+    return expanded
 
 
 def _check_classes(num_classes: int, ignores_case: bool) -> None:
@@ -254,8 +267,7 @@ def _check_classes(num_classes: int, ignores_case: bool) -> None:
 
 
 def _check_optional_work(counts: Iterable[int]) -> None:
-    # Capped, for counts of terminals that double from one to the next have no end of digits.
-    if sum(min(count, MAX_OPTIONAL_WORK) ** 2 for count in counts) > MAX_OPTIONAL_WORK:
+    if sum(count**2 for count in counts) > MAX_OPTIONAL_WORK:
         raise GrammarLimitError(
             f"fewer optional parts: their number in each expression, squared, adds up to more "
             f"than {MAX_OPTIONAL_WORK}"

@@ -7,23 +7,22 @@ and no vocabulary read, before the first grammar comes.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from footplate.backend.runner.tokenizer_files import read_tokenizer
 from footplate.backend.structured.interface import GrammarError
 from footplate.protocol.grammar_limits import PARSER_LIMITS, GrammarLimitError, check_grammar
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    import tokenizers
 
     from footplate.protocol.token_params import Grammar
 
@@ -53,8 +52,8 @@ class LlguidanceEngine:
         self._problem = ""
 
     def compile(self, grammar: Grammar) -> LlguidanceGrammar:
-        """See `GrammarEngine`. The first mask is computed, too: it is the most expensive one, and
-        shows what the text of a grammar does not, such as that no output fits it."""
+        """See `GrammarEngine`. One step is tried, too: the first mask is the most expensive one,
+        and a step shows what the text of a grammar does not, such as that no output fits it."""
         try:
             check_grammar(grammar.text)
         except GrammarLimitError as error:
@@ -65,8 +64,14 @@ class LlguidanceEngine:
         )
         raise_error_of(pristine)
         compiled = LlguidanceGrammar(pristine, vocabulary)
-        compiled.start().fill_mask(np.zeros((self._vocab_size + 31) // 32, np.int32))
+        self._try_step(compiled.start())
         return compiled
+
+    def _try_step(self, matcher: LlguidanceMatcher) -> None:
+        mask = np.zeros((self._vocab_size + 31) // 32, np.int32)
+        matcher.fill_mask(mask)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        matcher.advance([int(bits.argmax())])
 
     def _load_vocabulary(self) -> Vocabulary:
         with self._lock:
@@ -215,52 +220,10 @@ def raise_error_of(matcher: LLMatcher, otherwise: str = "") -> None:
         message = matcher.get_error()
         if message.startswith("panic"):
             message = "it is too large for the grammar engine"
-        elif "no error message" in message:
-            message = otherwise
+        elif "NoExtension" in message:
+            message = "no output matches the grammar"
+        elif "no error message" in message or "doesn't satisfy" in message:
+            message = otherwise  # theirs speaks of bytes
         raise GrammarError(message.split("\n")[0][:300] or "the grammar engine failed")
     if otherwise:
         raise GrammarError(otherwise)
-
-
-# ---- the model's tokenizer
-
-
-def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a model folder, with the added tokens that only its other files name.
-
-    Raises:
-        Exception: there is none that can be read.
-    """
-    import tokenizers
-
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    else:
-        from transformers import AutoTokenizer
-
-        converted = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-        backend = converted.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    _add_tokens(backend, folder / "tokenizer_config.json")
-    return backend
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, config: Path) -> None:
-    from tokenizers import AddedToken
-
-    if not config.is_file():
-        return
-    decoder: dict[str, dict[str, Any]] = json.loads(config.read_text(encoding="utf-8")).get(
-        "added_tokens_decoder", {}
-    )
-    for token_id, token in sorted(decoder.items(), key=lambda item: int(item[0])):
-        # Ids are given in order: one that would get another id than its own is left out.
-        if backend.id_to_token(int(token_id)) is None and (
-            int(token_id) == backend.get_vocab_size(with_added_tokens=True)
-        ):
-            special = bool(token.get("special"))
-            backend.add_tokens([AddedToken(token["content"], special=special)])
