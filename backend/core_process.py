@@ -23,6 +23,8 @@ from footplate.backend.inbox import Inbox, Joined, Left
 from footplate.backend.logits.processor import load_processors
 from footplate.backend.outbox import Outbox
 from footplate.backend.runner.load import load_runner
+from footplate.backend.structured.compiler import GrammarCompiler
+from footplate.backend.structured.interface import GrammarEngine
 from footplate.protocol.codec import Encoder
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import AddressInUseError, FootplateError
@@ -33,6 +35,7 @@ from footplate.protocol.messages import (
     GetStats,
     Goodbye,
     Hello,
+    ModelFacts,
     Progress,
     Refused,
     Welcome,
@@ -106,6 +109,7 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
         epoch=secrets.randbits(63),
         clock=time.monotonic,
         requests=config.requests,
+        grammars=_grammar_compiler(runner.facts.model, inbox.wake),
     )
     welcome = Welcome(
         epoch=core.epoch,
@@ -121,6 +125,15 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
     inbox.announce(welcome)
     logger.info("ready: %s on %s", core.model.model, config.address)
     return core
+
+
+def _grammar_compiler(model: ModelFacts, wake: Callable[[], None]) -> GrammarCompiler:
+    def make_llguidance() -> GrammarEngine:
+        from footplate.backend.structured.llguidance_engine import LlguidanceEngine
+
+        return LlguidanceEngine(model.tokenizer, model.vocab_size, model.eos_token_ids)
+
+    return GrammarCompiler({"llguidance": make_llguidance}, wake)
 
 
 def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:

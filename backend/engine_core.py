@@ -9,14 +9,16 @@ from footplate.backend.admission import Admission, RefusalError, handles_of, mak
 from footplate.backend.block_pool import BlockPool
 from footplate.backend.deadlines import Deadlines
 from footplate.backend.delivery import Delivery
-from footplate.backend.request import Request
+from footplate.backend.request import Request, State
 from footplate.backend.scheduler import Scheduler
 from footplate.backend.step import ModelRunner, StepPlan, StepResult, produced
+from footplate.backend.structured.interface import CompiledGrammar, CompilesGrammars, GrammarError
 from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfig
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
     ControlReply,
+    ErrorKind,
     FinishReason,
     GetStats,
     Limits,
@@ -25,6 +27,7 @@ from footplate.protocol.messages import (
     Stats,
     StepOutputs,
 )
+from footplate.protocol.token_params import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,8 @@ Requested = AddRequest | AbortRequests | ResetPrefixCache | GetStats
 class EngineCore:
     """Owns the live requests of every client, by client and handle.
 
-    Every handle of every AddRequest gets exactly one `Finished`, whatever happens to it.
+    Every handle of every AddRequest gets exactly one `Finished`, whatever happens to it. The
+    scheduler holds a request until its grammar is compiled.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class EngineCore:
         epoch: int,
         clock: Callable[[], float],
         requests: RequestConfig = RequestConfig(),  # noqa: B008 (frozen)
+        grammars: CompilesGrammars | None = None,
     ) -> None:
         facts = runner.facts
         caching = cache.enable_prefix_caching and facts.supports_prefix_caching
@@ -74,6 +79,8 @@ class EngineCore:
         self._deadlines = Deadlines()
         self._delivery = Delivery(epoch)
         self._requests: dict[ClientId, dict[int, Request]] = {}
+        self._grammars = grammars
+        self._compiling: dict[int, list[Request]] = {}  # by the key of the first
         self._num_keys = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -141,21 +148,57 @@ class EngineCore:
             self._num_prompt_tokens += request.num_prompt_tokens
             if message.ttft_deadline_s is not None or message.deadline_s is not None:
                 self._deadlines.add(request, message.ttft_deadline_s, message.deadline_s)
+        # Held, they keep their place, and can end.
         self._scheduler.hold(requests)
-        self._enter(requests)
+        if message.params.grammar is None:
+            self._scheduler.release(requests)
+        else:
+            self._compile(requests, message.params.grammar)
 
-    def _enter(self, requests: list[Request]) -> None:
-        """Let a request, or the siblings of one prompt, into the queue: it has all that it needs.
-
-        Until then it is held: it keeps its place, and can end.
-        """
-        self._scheduler.release(requests)
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        message: str = "",
+        kind: ErrorKind = ErrorKind.INTERNAL,
+    ) -> None:
         """End a request between two steps."""
         self._scheduler.finish(request, reason)
         del self._requests[request.client][request.handle]
-        self._delivery.end(request.client, request.handle, reason)
+        self._delivery.end(request.client, request.handle, reason, message, kind)
+
+    # ---- grammars
+
+    def _compile(self, requests: list[Request], grammar: Grammar) -> None:
+        """Release a request, or the siblings of one prompt, as soon as their grammar is compiled:
+        now, if it is."""
+        key = requests[0].key
+        outcome: CompiledGrammar | GrammarError | None
+        if self._grammars is None:
+            outcome = GrammarError("this engine core compiles no grammars")
+        else:
+            outcome = self._grammars.submit(key, grammar)
+        if outcome is None:
+            self._compiling[key] = requests
+        else:
+            self._on_compiled(requests, outcome)
+
+    def _take_compiled(self) -> None:
+        assert self._grammars is not None, "nobody compiles what is waited for"
+        for key, outcome in self._grammars.take_finished():
+            self._on_compiled(self._compiling.pop(key), outcome)
+
+    def _on_compiled(
+        self, requests: list[Request], outcome: CompiledGrammar | GrammarError
+    ) -> None:
+        if isinstance(outcome, GrammarError):
+            for request in requests:
+                if request.state is State.HELD:  # it was not aborted meanwhile
+                    self._finish(request, FinishReason.ERROR, str(outcome), ErrorKind.GRAMMAR)
+            return
+        for request in requests:
+            request.grammar = outcome
+        self._scheduler.release(requests)
 
     # ---- one step
 
@@ -165,6 +208,8 @@ class EngineCore:
         Every running request advances by one token, or by one chunk of its prompt. New requests
         join and finished ones leave between two calls, never inside one.
         """
+        if self._compiling:
+            self._take_compiled()
         now = self._clock()
         for request in self._deadlines.take_overdue(now):
             self._finish(request, FinishReason.DEADLINE)

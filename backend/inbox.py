@@ -103,6 +103,11 @@ class Inbox:
         self._to_dismiss.put((client, reason))
         os.write(self._wake_write, b"!")
 
+    def wake(self) -> None:
+        """Make a `take` that waits return, and if none does, the next one. For any thread."""
+        with suppress(queue.Full):  # then there is something to take
+            self._batches.put_nowait([])
+
     def take(self, timeout_s: float | None) -> list[InboxEvent]:
         """All that has arrived. When there is nothing, wait: for ever on None, not at all on 0.
 

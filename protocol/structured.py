@@ -14,17 +14,24 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True):
     """Exactly one of the first six; names and meanings are vLLM's.
 
     Attributes:
-        json: a JSON schema, as a dictionary or as text.
-        regex: a regular expression that the whole output matches.
+        json: a JSON schema, as a dictionary or as text. Keywords that cannot be enforced are an
+            error, unless the schema has `"x-guidance": {"lenient": true}`; words that JSON Schema
+            does not know are ignored.
+        regex: a regular expression, in the syntax of Rust's regex crate (no look-around, no
+            back-references), that the whole output matches.
         choice: the output is one of these strings.
-        grammar: a context-free grammar in Lark's syntax, or in GBNF (with `::=`).
+        grammar: a context-free grammar in Lark's syntax, with the rule `start`, or in GBNF (with
+            `::=`), with the rule `root`.
         json_object: True: any JSON object.
         structural_tag: free text in which each of some tags, once begun, goes on by a schema:
             a dictionary, or its JSON, with `structures` (a list of `begin`, `schema`, `end`) and
             `triggers` (prefixes of the `begin`s).
-        disable_any_whitespace: JSON without whitespace between its parts.
-        disable_additional_properties: objects have no properties but those that the schema names.
-        whitespace_pattern: what stands between the parts of JSON, as a regular expression.
+        disable_any_whitespace: JSON without whitespace between its parts. Like the next two it
+            concerns JSON alone.
+        disable_additional_properties: objects whose schema names properties have no others, unless
+            it says so.
+        whitespace_pattern: what stands between the parts of JSON, as a regular expression. Not
+            together with `disable_any_whitespace`.
 
     Raises:
         InvalidParameterError: none or several of the six, or a value of the wrong type.

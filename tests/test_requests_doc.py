@@ -14,7 +14,9 @@ from footplate.protocol.structured import KINDS
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "requests.md"
 # A heading, or a block of code with the line it begins at.
-PARTS = re.compile(r"^#+ (?P<heading>[^\n]*)$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+PARTS = re.compile(
+    r"^#+ (?P<heading>[^\n]*)$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 def headings() -> set[str]:

@@ -58,3 +58,16 @@ class GrammarEngine(Protocol):
             GrammarError: with words for the user.
         """
         ...
+
+
+class CompilesGrammars(Protocol):
+    """Grammars on their way from a request to its matcher; what the engine core sees of it."""
+
+    def submit(self, key: int, grammar: Grammar) -> CompiledGrammar | None:
+        """Have a grammar compiled for the request of this key. What is there already is returned
+        at once; all else, failures too, comes out of `take_finished`."""
+        ...
+
+    def take_finished(self) -> list[tuple[int, CompiledGrammar | GrammarError]]:
+        """What has been compiled since the call before; each key is handed out once."""
+        ...
