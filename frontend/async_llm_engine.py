@@ -302,6 +302,9 @@ class AsyncLLMEngine:
         model = self._session.welcome.model
         resolve_max_tokens(token_ids, SamplingParams(max_tokens=params.max_tokens), model)
         tokenizer = await self._preparation.tokenizer() if params.detokenize else None
+        grammar = None
+        if params.structured_outputs is not None:
+            grammar = await self._preparation.translate(params.structured_outputs)
         call = BeamCall(
             request_id,
             token_ids,
@@ -312,7 +315,7 @@ class AsyncLLMEngine:
             self._abandon,
         )
         search = BeamSearch.of(params, model.eos_token_ids)
-        outputs = await run_beam_search(search, RequestScorer(call, params, model))
+        outputs = await run_beam_search(search, RequestScorer(call, params, model, grammar))
         completions = as_completions(outputs, token_ids, params, tokenizer)
         yield RequestOutput(request_id, text, token_ids, completions, True, 0, metrics)
 

@@ -12,10 +12,13 @@ from footplate.frontend.prompts import ParsedPrompt, resolve_max_tokens, tokeniz
 from footplate.frontend.request_schedule import RequestSchedule
 from footplate.frontend.session import Session
 from footplate.frontend.stream import RequestStream
+from footplate.frontend.structured import GrammarTranslator
 from footplate.frontend.text import StopStrings, Tokenizer, load_tokenizer
 from footplate.frontend.token_params import needs_tokenizer, resolve_params
 from footplate.protocol.messages import AddRequest
 from footplate.protocol.params import SamplingParams
+from footplate.protocol.structured import StructuredOutputsParams
+from footplate.protocol.token_params import Grammar
 
 T = TypeVar("T")
 
@@ -24,8 +27,8 @@ MAX_CHARS_ENCODED_INLINE = 256
 
 
 class RequestPreparation:
-    """Owns the tokenizer and the thread that work on text is done on: the event loop waits for
-    none of it.
+    """Owns the tokenizer, the grammars that were checked lately, and the thread that work on text
+    is done on: the event loop waits for none of it.
 
     Args:
         session: what the engine said of itself; read with each request.
@@ -37,12 +40,14 @@ class RequestPreparation:
         self._tokenizer_source = tokenizer_source
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_loading: asyncio.Task[Tokenizer] | None = None
+        self._grammars: GrammarTranslator | None = None
         self._thread: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
         """Forget the tokenizer: the next start may find another model, on another event loop."""
         self._tokenizer = None
         self._tokenizer_loading = None
+        self._grammars = None
         if self._thread is not None:
             self._thread.shutdown(wait=False)
             self._thread = None
@@ -73,6 +78,9 @@ class RequestPreparation:
         tokenizer = None
         if params.detokenize or needs_tokenizer(params):
             tokenizer = await self.tokenizer()
+        grammar = None
+        if params.structured_outputs is not None:
+            grammar = await self.translate(params.structured_outputs)
         token_params = resolve_params(
             params,
             seed=stream.seed,
@@ -80,6 +88,7 @@ class RequestPreparation:
             model=welcome.model,
             requests=welcome.requests,
             tokenizer=tokenizer,
+            grammar=grammar,
         )
         if tokenizer is not None and params.detokenize:
             make_text = partial(_make_text, tokenizer, token_ids, params)
@@ -106,6 +115,12 @@ class RequestPreparation:
         if prompt.text is not None and len(prompt.text) <= MAX_CHARS_ENCODED_INLINE:
             return tokenize(prompt, tokenizer)
         return await self._in_thread(tokenize, prompt, tokenizer)
+
+    async def translate(self, wanted: StructuredOutputsParams) -> Grammar:
+        """The grammar that an output has to match. Raises InvalidParameterError if it has none."""
+        if self._grammars is None:
+            self._grammars = GrammarTranslator((await self.tokenizer()).special_token_texts)
+        return await self._in_thread(self._grammars.translate, wanted)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
         if self._thread is None:

@@ -94,6 +94,9 @@ class Tokenizer:
     Owns the vocabulary and the tables made from it; holds no state of any request, and may be
     used from several threads. Made by `load_tokenizer`.
 
+    Attributes:
+        special_token_texts: of all tokens that are special.
+
     Args:
         backend: configured here, so it must not be shared.
         facts: what is known beside the vocabulary.
@@ -112,6 +115,7 @@ class Tokenizer:
         self._added_tokens = {token_id: token.content.encode() for token_id, token in added.items()}
         special = {token_id: token.content for token_id, token in added.items() if token.special}
         self._special_ids = frozenset(special)
+        self.special_token_texts = frozenset(special.values())
         self._encoder = Encoder(backend, special, facts.special_tokens.get("unk_token"))
         self._pieces: dict[bool, PieceTable] | None = None
         if (token_bytes := take_apart(backend)) is not None:
