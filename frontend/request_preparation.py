@@ -27,8 +27,8 @@ MAX_CHARS_ENCODED_INLINE = 256
 
 
 class RequestPreparation:
-    """Owns the tokenizer, the grammars that were checked lately, and the thread that work on text
-    is done on: the event loop waits for none of it.
+    """Owns the tokenizer, the grammars that were checked lately, and a thread for either kind of
+    work: the event loop waits for none of it, and text does not wait for grammars.
 
     Args:
         session: what the engine said of itself; read with each request.
@@ -41,16 +41,16 @@ class RequestPreparation:
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_loading: asyncio.Task[Tokenizer] | None = None
         self._grammars: GrammarTranslator | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: dict[str, ThreadPoolExecutor] = {}
 
     def close(self) -> None:
         """Forget the tokenizer: the next start may find another model, on another event loop."""
         self._tokenizer = None
         self._tokenizer_loading = None
         self._grammars = None
-        if self._thread is not None:
-            self._thread.shutdown(wait=False)
-            self._thread = None
+        for thread in self._threads.values():
+            thread.shutdown(wait=False)
+        self._threads.clear()
 
     async def tokenizer(self) -> Tokenizer:
         """The tokenizer of the engine's model. Raises TokenizerError if there is none."""
@@ -58,7 +58,7 @@ class RequestPreparation:
             if self._tokenizer_loading is None:
                 source = self._tokenizer_source or self._session.welcome.model.tokenizer
                 self._tokenizer_loading = asyncio.ensure_future(
-                    self._in_thread(load_tokenizer, source)
+                    self._in_thread("text", load_tokenizer, source)
                 )
             self._tokenizer = await asyncio.shield(self._tokenizer_loading)
         return self._tokenizer
@@ -114,18 +114,20 @@ class RequestPreparation:
         tokenizer = await self.tokenizer()
         if prompt.text is not None and len(prompt.text) <= MAX_CHARS_ENCODED_INLINE:
             return tokenize(prompt, tokenizer)
-        return await self._in_thread(tokenize, prompt, tokenizer)
+        return await self._in_thread("text", tokenize, prompt, tokenizer)
 
     async def translate(self, wanted: StructuredOutputsParams) -> Grammar:
         """The grammar that an output has to match. Raises InvalidParameterError if it has none."""
         if self._grammars is None:
             self._grammars = GrammarTranslator((await self.tokenizer()).special_token_texts)
-        return await self._in_thread(self._grammars.translate, wanted)
+        return await self._in_thread("grammars", self._grammars.translate, wanted)
 
-    async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="footplate-text")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+    async def _in_thread(self, name: str, call: Callable[..., T], *args: object) -> T:
+        thread = self._threads.get(name)
+        if thread is None:
+            thread = ThreadPoolExecutor(1, thread_name_prefix=f"footplate-{name}")
+            self._threads[name] = thread
+        return await asyncio.get_running_loop().run_in_executor(thread, call, *args)
 
 
 def _make_text(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParams) -> OutputText:
