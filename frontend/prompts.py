@@ -104,10 +104,15 @@ def resolve_max_tokens(token_ids: list[int], params: SamplingParams, model: Mode
     else:
         max_tokens = limit - length if params.max_tokens is None else params.max_tokens
     if length + max_tokens > limit:
+        together = f"together {length + max_tokens}; the model's limit is {limit}"
+        if trace is not None:
+            raise PromptTooLongError(
+                f"the prompt has {length} tokens and trace_decode_token_ids {max_tokens}, "
+                f"{together}: shorten the prompt, or the trace to {limit - length} tokens"
+            )
         raise PromptTooLongError(
-            f"the prompt has {length} tokens and max_tokens is {max_tokens}, together "
-            f"{length + max_tokens}; the model's limit is {limit}: shorten the prompt, lower "
-            f"max_tokens to {limit - length}, or leave it None"
+            f"the prompt has {length} tokens and max_tokens is {max_tokens}, {together}: shorten "
+            f"the prompt, lower max_tokens to {limit - length}, or leave it None"
         )
     for token_id in (min(token_ids), max(token_ids)):
         if not 0 <= token_id < model.vocab_size:

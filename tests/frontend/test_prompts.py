@@ -123,3 +123,10 @@ def test_the_models_own_limit_counts() -> None:
     smaller = msgspec.structs.replace(MODEL, max_model_len=10)
     with pytest.raises(PromptTooLongError, match="10"):
         resolve_max_tokens([7] * 10, SamplingParams(), smaller)
+
+
+def test_a_trace_takes_the_place_of_max_tokens_and_is_never_cut() -> None:
+    trace = SamplingParams(trace_decode_token_ids=[1] * 17, max_tokens=16)
+    assert resolve_max_tokens([1] * 3, trace, MODEL) == 17
+    with pytest.raises(PromptTooLongError, match=r"trace_decode_token_ids 17.*the trace to"):
+        resolve_max_tokens([1] * (MODEL.max_model_len - 16), trace, MODEL)
