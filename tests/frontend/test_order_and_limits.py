@@ -112,14 +112,19 @@ async def test_arrivals_that_make_no_sense_are_refused(engine: AsyncLLMEngine, v
 
 async def test_who_came_first_is_served_first_whenever_it_was_sent(narrow_core: str) -> None:
     async with occupied(narrow_core) as (engine, running):
-        now = time.time()
-        tasks = [
-            asyncio.create_task(last_of(engine, arrival_time=now - age)) for age in (1.0, 3.0, 2.0)
-        ]
-        await engine.get_stats()
-        running.close()
-        done = [(await task).metrics.last_token or 0.0 for task in tasks]
-        assert done[1] < done[2] < done[0]
+        now, served = time.time(), []
+
+        async def ask(age: float) -> None:
+            await last_of(engine, arrival_time=now - age)
+            served.append(age)
+
+        async with asyncio.TaskGroup() as group:
+            for age in (1.0, 3.0, 2.0):
+                group.create_task(ask(age))
+            while (await engine.get_stats()).num_waiting < 3:
+                pass
+            running.close()
+        assert served == [3.0, 2.0, 1.0]
 
 
 async def test_a_client_that_floods_the_engine_does_not_keep_another_one_waiting() -> None:
