@@ -18,6 +18,15 @@ class BadFrameError(Exception):
     """A frame that is no message. It is counted and dropped, and ends no loop."""
 
 
+class _AddressOfRequest(msgspec.Struct, tag="add", array_like=True, frozen=True):
+    """The first fields of `AddRequest`, whatever follows."""
+
+    handle: int
+
+
+_decode_address = msgspec.msgpack.Decoder(_AddressOfRequest).decode
+
+
 class Encoder:
     """Messages to frames."""
 
@@ -56,6 +65,15 @@ class Decoder(Generic[M]):
             return self._decode(frame)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise BadFrameError(str(error)) from None
+
+
+def handle_of(frame: bytes | memoryview) -> int | None:
+    """Which request a frame that is no message would have added, if it says so much: somebody may
+    wait for its end."""
+    try:
+        return _decode_address(frame).handle
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
 
 
 def client_message_decoder() -> Decoder[ClientMessage]:
