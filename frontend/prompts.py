@@ -103,6 +103,11 @@ def resolve_max_tokens(token_ids: list[int], params: SamplingParams, model: Mode
         max_tokens = len(trace)
     else:
         max_tokens = limit - length if params.max_tokens is None else params.max_tokens
+    if trace is not None and length + max_tokens > limit:
+        raise PromptTooLongError(
+            f"the prompt has {length} tokens and trace_decode_token_ids {max_tokens}, together "
+            f"{length + max_tokens}; the model's limit is {limit}: shorten one of them"
+        )
     if length + max_tokens > limit:
         raise PromptTooLongError(
             f"the prompt has {length} tokens and max_tokens is {max_tokens}, together "

@@ -103,8 +103,8 @@ class RequestPreparation:
             prompt.cache_salt,
             params.n,
             age_s=time.monotonic() - stream.metrics.arrival,
-            ttft_deadline_s=schedule.ttft_deadline_s,
-            deadline_s=schedule.deadline_s,
+            ttft_deadline_s=_seconds(schedule.ttft_deadline_s),
+            deadline_s=_seconds(schedule.deadline_s),
         )
 
     async def encode(self, prompt: ParsedPrompt) -> tuple[str | None, list[int]]:
@@ -126,6 +126,11 @@ class RequestPreparation:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="footplate-text")
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+
+def _seconds(given: float | None) -> float | None:
+    # An integer may be larger than a message can hold.
+    return None if given is None else float(given)
 
 
 def _make_text(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParams) -> OutputText:

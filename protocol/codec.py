@@ -31,7 +31,7 @@ class Encoder:
     """Messages to frames."""
 
     def __init__(self) -> None:
-        self._encode = msgspec.msgpack.Encoder().encode
+        self._encode = msgspec.msgpack.Encoder(enc_hook=_as_plain).encode
 
     def encode(self, message: Message) -> bytes:
         """Encode one message.
@@ -46,6 +46,15 @@ class Encoder:
                 "send a shorter prompt"
             )
         return frame
+
+
+def _as_plain(value: object) -> object:
+    """A number or text of a type derived from Python's own (numpy.float64 is one) is what it is
+    derived from. Everybody else's is refused before."""
+    for plain in (int, float, str):
+        if isinstance(value, plain):
+            return plain(value)
+    raise TypeError(f"no message holds a {type(value).__name__}")
 
 
 class Decoder(Generic[M]):

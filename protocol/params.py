@@ -186,7 +186,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
             raise InvalidParameterError("stop", self.stop, "empty when detokenize is False")
         if self.trace_decode_token_ids is not None:
             for name in _NOT_WITH_A_TRACE:
-                if getattr(self, name) not in (None, 1):
+                if getattr(self, name) not in (None, 1, "", [], ()):
                     raise InvalidParameterError(
                         name,
                         getattr(self, name),
@@ -284,7 +284,8 @@ def _token_ids(most: int, *, at_least_one: bool = False) -> _Check:
 
 def _one_of(choices: tuple[object, ...]) -> _Check:
     def check(name: str, value: object) -> None:
-        if value not in choices:
+        # Not by `in` alone: an array compares with everything, and answers with an array.
+        if not isinstance(value, str | None) or value not in choices:
             raise InvalidParameterError(name, value, f"one of {choices}")
 
     return check

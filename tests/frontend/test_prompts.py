@@ -96,6 +96,13 @@ def test_the_context_window_bounds_prompt_and_output_together() -> None:
         resolve(90, max_tokens=11)
 
 
+def test_a_trace_that_does_not_fit_is_named() -> None:
+    trace = [7] * 8
+    assert resolve(92, trace_decode_token_ids=trace) == 8
+    with pytest.raises(PromptTooLongError, match=r"93 .* trace_decode_token_ids 8, together 101"):
+        resolve(93, trace_decode_token_ids=trace)
+
+
 def test_without_max_tokens_the_output_may_fill_the_context_window() -> None:
     assert resolve(1, max_tokens=None) == 99
     assert resolve(99, max_tokens=None) == 1
