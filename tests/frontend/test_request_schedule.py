@@ -34,7 +34,10 @@ def test_priorities_need_their_policy() -> None:
 @pytest.mark.parametrize("name", ["arrival_time", "ttft_deadline_s", "deadline_s"])
 @pytest.mark.parametrize("illegal", ["", "1", True, -1, math.nan, math.inf, 10**400])
 def test_times_are_finite_numbers(name: str, illegal: Any) -> None:
-    RequestSchedule(**{name: 1}).check(limits("fcfs"))
-    RequestSchedule(**{name: 1e308}).check(limits("fcfs"))
+    def check(value: Any) -> None:
+        RequestSchedule(**{name: value}).check(limits("fcfs"))
+
+    check(1)
+    check(1e308)
     with pytest.raises(InvalidParameterError, match=f"{name}="):
-        RequestSchedule(**{name: illegal}).check(limits("fcfs"))
+        check(illegal)
