@@ -301,6 +301,9 @@ class AsyncLLMEngine:
         text, token_ids = await self._preparation.encode(parsed)
         model = self._session.welcome.model
         resolve_max_tokens(token_ids, SamplingParams(max_tokens=params.max_tokens), model)
+        # All beams of a step wait at once.
+        width, requests = params.beam_width, self._session.welcome.requests
+        self._client.waiting.require_room(requests, width, width * len(token_ids))
         tokenizer = await self._preparation.tokenizer() if params.detokenize else None
         grammar = None
         if params.structured_outputs is not None:
