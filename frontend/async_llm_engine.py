@@ -37,6 +37,14 @@ from footplate.protocol.params import SamplingParams
 CONNECT_TIMEOUT_S = 30.0
 
 
+def require_sampling_params(params: object) -> None:
+    """Raise InvalidRequestError unless `params` are `SamplingParams`."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequestError(
+            f"sampling params must be SamplingParams, got {type(params).__name__}"
+        )
+
+
 class AsyncLLMEngine:
     """Holds one stream per request, over an engine core in another process.
 
@@ -326,10 +334,7 @@ class AsyncLLMEngine:
         self, request_id: object, params: object, schedule: RequestSchedule
     ) -> None:
         self._check_request(request_id, schedule)
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(
-                f"sampling params must be SamplingParams, got {type(params).__name__}"
-            )
+        require_sampling_params(params)
 
     def _check_request(self, request_id: object, schedule: RequestSchedule) -> None:
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
