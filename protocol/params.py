@@ -97,7 +97,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
             client draws one for the request, and returns it with every output.
         max_tokens: most tokens to produce; None produces until the context window is full.
         min_tokens: end-of-sequence and stop tokens cannot be chosen before this many, and stop
-            strings are not looked for.
+            strings that are complete by then do not count.
         stop: strings that end the request as soon as one is complete in the output text.
         stop_token_ids: tokens that end the request, beside the model's end-of-sequence tokens.
         bad_words: strings that the output does not contain, at the start of a word or inside
