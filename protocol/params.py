@@ -248,7 +248,8 @@ def _check_logits_processors(name: str, processors: object) -> None:
         raise InvalidParameterError(name, processors, "a dictionary of argument dictionaries")
     try:
         size = len(msgspec.json.encode(processors))
-    except (TypeError, ValueError, RecursionError) as error:
+        msgspec.msgpack.encode(processors)  # as it will travel: integers have 64 bits there
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidParameterError(name, processors, f"of JSON's types: {error}") from None
     if size > MAX_PROCESSOR_ARGUMENT_BYTES:
         raise InvalidParameterError(

@@ -185,7 +185,7 @@ def _find_processor(
 
     def make(prompt: Sequence[int], vocab_size: int) -> LogitsProcessor:
         # A copy: siblings have the same ones, and so has whoever goes on after a preemption.
-        arguments = copy.deepcopy(call.arguments)
+        arguments = _guarded(name, lambda: copy.deepcopy(call.arguments))  # may be nested too deep
         if hasattr(kind, "check_arguments"):
             _guarded(name, lambda: kind.check_arguments(arguments))
         return _guarded(name, lambda: kind(arguments, prompt, vocab_size))

@@ -56,7 +56,13 @@ FLAGS = (
         ("trace_decode_token_ids", [None, [0], (5, 5)]),
         (
             "logits_processors",
-            [None, {}, {"P": {"a": [1, {"b": None}]}}, {"P": {"x": "y" * 65000}}],
+            [
+                None,
+                {},
+                {"P": {"a": [1, {"b": None}]}},
+                {"P": {"x": "y" * 65000}},
+                {"P": {"x": 2**64 - 1}},
+            ],
         ),
         *((flag, [True, False]) for flag in FLAGS),
         ("stop", [None, "x", ["a", "b"], (), ["x"] * 64, "x" * 1024]),
@@ -100,7 +106,14 @@ def test_values_within_bounds_are_taken(name: str, legal: list[Any]) -> None:
         ("trace_decode_token_ids", [[], [-1], 5, [True]]),
         (
             "logits_processors",
-            [[], {"P": 5}, {5: {}}, {"P": {"x": "y" * 66000}}, {"P": {"x": object()}}],
+            [
+                [],
+                {"P": 5},
+                {5: {}},
+                {"P": {"x": "y" * 66000}},
+                {"P": {"x": object()}},
+                {"P": {"x": 2**64}},
+            ],
         ),
         ("structured_outputs", [{"json": {}}, "json", 5]),
         ("repetition_detection", [{"max_pattern_size": 5}, 5]),

@@ -183,6 +183,14 @@ def test_a_processor_that_takes_its_arguments_apart_leaves_them_whole_for_the_ne
         assert run(rows, request, LOGITS)[1].token_ids == [2]
 
 
+def test_arguments_that_are_nested_too_deep_are_their_requests_error() -> None:
+    arguments: dict[str, Any] = {}
+    for _ in range(900):
+        arguments = {"bonus": arguments}
+    _, result = run(LogitRows(PROCESSORS), make_request(processors=(call(0, **arguments),)), LOGITS)
+    assert "Favour: RecursionError" in result.errors[0].message
+
+
 def test_a_processor_is_not_blamed_for_the_models_nan() -> None:
     request = make_request(processors=(call(0, bonus=1),))
     _, result = run(LogitRows(PROCESSORS), request, [math.nan, *LOGITS[1:]])
