@@ -15,6 +15,7 @@ from types import FrameType
 import msgspec
 
 from footplate.backend.core_process import root_cause, run_core
+from footplate.backend.termination import Terminated
 from footplate.protocol.codec import Encoder
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import AddressInUseError
@@ -70,7 +71,7 @@ def _read_exactly(pipe: int, size: int) -> bytes:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    raise Terminated(128 + signum)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import zmq
 
 from footplate.backend.core_files import CoreFiles
 from footplate.backend.engine_core import EngineCore
-from footplate.backend.inbox import Inbox, Joined, Left
+from footplate.backend.inbox import Inbox, Joined, Left, Unreadable
 from footplate.backend.logits.processor import load_processors
 from footplate.backend.outbox import Outbox
 from footplate.backend.runner.load import load_runner
@@ -44,6 +44,8 @@ from footplate.protocol.messages import (
 logger = logging.getLogger(__name__)
 
 BACKLOG_RETRY_S = 0.002
+# A deadline may be further away than the operating system can wait (some 292 years).
+LONGEST_SLEEP_S = 3600.0
 
 
 def run_core(config: CoreConfig, death_line: int) -> None:
@@ -149,6 +151,8 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
                 case Left():
                     core.leave(client)
                     outbox.leave(client)
+                case Unreadable(handle=handle, why=why):
+                    core.refuse(client, handle, why)
                 case Hello() | Goodbye():
                     raise AssertionError("the inbox keeps these to itself")
                 case GetStats(call=call):
@@ -170,7 +174,11 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
 def _patience(core: EngineCore, outbox: Outbox) -> float | None:
     if core.has_work:
         return 0
-    waits = (BACKLOG_RETRY_S if outbox.has_backlog else None, core.seconds_to_deadline)
+    deadline_s = core.seconds_to_deadline
+    waits = (
+        BACKLOG_RETRY_S if outbox.has_backlog else None,
+        None if deadline_s is None else min(deadline_s, LONGEST_SLEEP_S),
+    )
     return min((seconds for seconds in waits if seconds is not None), default=None)
 
 

@@ -14,9 +14,13 @@ from footplate.protocol.messages import (
     StepOutputs,
 )
 
-# Rows of logprobs may be as long as the vocabulary. A message with more bytes of them than this is
-# closed and another begun: frames have a limit (`codec.MAX_FRAME_BYTES`).
-MAX_ROW_BYTES = 4 * 2**20
+# Rows of logprobs may be as long as the vocabulary, and ends come by the ten thousand with a large
+# `n`. A message with more bytes of them than this is closed and another begun: frames have a limit
+# (`codec.MAX_FRAME_BYTES`).
+MAX_COLUMN_BYTES = 4 * 2**20
+# Why a request failed may be told in the words of code that is not ours.
+MAX_MESSAGE_CHARS = 2000
+FINISHED_BYTES = 32  # at most, beside the message
 
 
 class Columns(msgspec.Struct):
@@ -29,7 +33,7 @@ class Columns(msgspec.Struct):
     finished: list[Finished] = []
     logprobs: list[LogprobRows] = []
     prompt_logprobs: list[LogprobRows] = []
-    num_row_bytes: int = 0
+    num_weighed_bytes: int = 0
 
 
 class Delivery:
@@ -60,7 +64,10 @@ class Delivery:
         kind: ErrorKind = ErrorKind.INTERNAL,
     ) -> None:
         """A request has ended."""
-        self.to(client).finished.append(Finished(handle, reason, message, kind))
+        columns = self.to(client)
+        text = _sendable(message)
+        columns.finished.append(Finished(handle, reason, text, kind))
+        self._weigh(client, columns, FINISHED_BYTES + 4 * len(text))
 
     def score(self, client: bytes, handle: int, position: int, rows: ScoredRows) -> None:
         """Logprobs of the token that was written last, at output `position`."""
@@ -68,7 +75,7 @@ class Delivery:
         columns.logprobs.append(
             LogprobRows(handle, position, rows.ranks, rows.token_ids, rows.logprobs)
         )
-        self._weigh(client, columns, rows)
+        self._weigh(client, columns, len(rows.token_ids) + len(rows.logprobs))
 
     def score_prompt(self, client: bytes, handle: int, rows: ScoredRows) -> None:
         """Logprobs of tokens of a prompt."""
@@ -77,11 +84,11 @@ class Delivery:
             columns.prompt_logprobs.append(
                 LogprobRows(handle, part.position, part.ranks, part.token_ids, part.logprobs)
             )
-            self._weigh(client, columns, part)
+            self._weigh(client, columns, len(part.token_ids) + len(part.logprobs))
 
-    def _weigh(self, client: bytes, columns: Columns, rows: ScoredRows) -> None:
-        columns.num_row_bytes += len(rows.token_ids) + len(rows.logprobs)
-        if columns.num_row_bytes > MAX_ROW_BYTES:
+    def _weigh(self, client: bytes, columns: Columns, num_bytes: int) -> None:
+        columns.num_weighed_bytes += num_bytes
+        if columns.num_weighed_bytes > MAX_COLUMN_BYTES:
             self._full.append((client, self._close(columns)))
             # Still there, so that the client is known to have something to take.
             self._columns[client] = Columns()
@@ -113,11 +120,18 @@ class Delivery:
             self._full = [entry for entry in self._full if entry[0] != client]
 
 
+def _sendable(message: str) -> str:
+    """Short enough, and text that UTF-8 can carry."""
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}... ({len(message)} characters)"
+    return message.encode(errors="replace").decode()
+
+
 def _split(rows: ScoredRows) -> Iterator[ScoredRows]:
-    """Parts of at most `MAX_ROW_BYTES`, or of one row."""
+    """Parts of at most `MAX_COLUMN_BYTES`, or of one row."""
     num_rows = len(rows.ranks)
     row_bytes = len(rows.token_ids) // num_rows  # of ids, and as many of logprobs
-    step = max(1, MAX_ROW_BYTES // (2 * row_bytes))
+    step = max(1, MAX_COLUMN_BYTES // (2 * row_bytes))
     for start in range(0, num_rows, step):
         part = slice(start * row_bytes, (start + step) * row_bytes)
         yield ScoredRows(

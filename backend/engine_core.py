@@ -136,10 +136,7 @@ class EngineCore:
         except RefusalError as refusal:
             logger.info("request %d refused: %s", message.handle, refusal)
             for handle in handles_of(message):
-                # The end of one that goes on would be a lie.
-                if handle not in live:
-                    words = str(refusal), refusal.kind
-                    self._delivery.end(client, handle, FinishReason.ERROR, *words)
+                self.refuse(client, handle, str(refusal), refusal.kind)
             return
         requests = make_requests(client, message, self._num_keys + 1, self._clock())
         self._num_keys += len(requests)
@@ -154,6 +151,15 @@ class EngineCore:
             self._scheduler.release(requests)
         else:
             self._compile(requests, message.params.grammar)
+
+    def refuse(
+        self, client: ClientId, handle: int, why: str, kind: ErrorKind = ErrorKind.INVALID
+    ) -> None:
+        """End a request that has never been taken in."""
+        live = self._requests.get(client)
+        # The end of one that goes on would be a lie.
+        if live is not None and handle not in live:
+            self._delivery.end(client, handle, FinishReason.ERROR, why, kind)
 
     def _finish(
         self,

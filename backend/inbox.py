@@ -20,6 +20,7 @@ from footplate.protocol.codec import (
     BadFrameError,
     Encoder,
     client_message_decoder,
+    handle_of,
 )
 from footplate.protocol.links import accepts_output_endpoint, ipc_path, output_endpoint
 from footplate.protocol.messages import (
@@ -54,7 +55,15 @@ class Left:
     interest in its PUSH: the monitor, too, belongs to whoever takes the event."""
 
 
-InboxEvent = tuple[ClientId, Joined | Left | ClientMessage]
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A request that cannot be decoded: a field of the wrong type or out of its bounds."""
+
+    handle: int
+    why: str
+
+
+InboxEvent = tuple[ClientId, Joined | Left | Unreadable | ClientMessage]
 
 
 class Inbox:
@@ -168,10 +177,13 @@ class Inbox:
                 client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            frame = frames[0] if len(frames) == 1 else b""
             try:
-                message = self._decoder.decode(frames[0] if len(frames) == 1 else b"")
+                message = self._decoder.decode(frame)
             except BadFrameError as error:
                 self._count_bad_message(str(error))
+                if client in self._clients and (handle := handle_of(frame)) is not None:
+                    batch.append((client, Unreadable(handle, str(error))))
                 continue
             if isinstance(message, Hello):
                 batch += self._greet(client, message)

@@ -3,7 +3,7 @@
 from collections import deque
 
 from footplate.protocol.config import RequestConfig
-from footplate.protocol.errors import QueueOverflowError
+from footplate.protocol.errors import InvalidRequestError, QueueOverflowError
 
 NUM_REMEMBERED = 64
 DEFAULT_RETRY_S = 1.0
@@ -28,8 +28,17 @@ class WaitingRequests:
         """Refuse what would not fit.
 
         Raises:
+            InvalidRequestError: it would not fit if nobody waited.
             QueueOverflowError: with the limit, and an estimate of when there is room.
         """
+        for name, count in (("reqs", num_reqs), ("tokens", num_tokens)):
+            limit = getattr(limits, f"max_num_queued_{name}")
+            if limit is not None and count > limit:
+                what = "requests" if name == "reqs" else "prompt tokens"
+                raise InvalidRequestError(
+                    f"{count} {what} can never wait together: max_num_queued_{name}={limit}; ask "
+                    "for less at once, or start the engine with a larger limit"
+                )
         most = limits.max_num_queued_reqs
         if most is not None and self.num_reqs + num_reqs > most:
             wait_s = self._seconds_until_left(self.num_reqs + num_reqs - most, 0)

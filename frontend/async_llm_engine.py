@@ -37,6 +37,14 @@ from footplate.protocol.params import SamplingParams
 CONNECT_TIMEOUT_S = 30.0
 
 
+def require_sampling_params(params: object) -> None:
+    """Raise InvalidRequestError unless `params` are `SamplingParams`."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequestError(
+            f"sampling params must be SamplingParams, got {type(params).__name__}"
+        )
+
+
 class AsyncLLMEngine:
     """Holds one stream per request, over an engine core in another process.
 
@@ -301,6 +309,9 @@ class AsyncLLMEngine:
         text, token_ids = await self._preparation.encode(parsed)
         model = self._session.welcome.model
         resolve_max_tokens(token_ids, SamplingParams(max_tokens=params.max_tokens), model)
+        # All beams of a step wait at once.
+        width, requests = params.beam_width, self._session.welcome.requests
+        self._client.waiting.require_room(requests, width, width * len(token_ids))
         tokenizer = await self._preparation.tokenizer() if params.detokenize else None
         grammar = None
         if params.structured_outputs is not None:
@@ -323,10 +334,7 @@ class AsyncLLMEngine:
         self, request_id: object, params: object, schedule: RequestSchedule
     ) -> None:
         self._check_request(request_id, schedule)
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(
-                f"sampling params must be SamplingParams, got {type(params).__name__}"
-            )
+        require_sampling_params(params)
 
     def _check_request(self, request_id: object, schedule: RequestSchedule) -> None:
         if request_id is not None and (not isinstance(request_id, str) or not request_id):

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 from tqdm import tqdm
 
-from footplate.frontend.async_llm_engine import AsyncLLMEngine
+from footplate.frontend.async_llm_engine import AsyncLLMEngine, require_sampling_params
 from footplate.frontend.beam_params import BeamSearchParams
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.outputs import RequestOutput
@@ -74,7 +74,8 @@ class LLM:
             InvalidRequestError: a prompt was refused; the others are ended.
         """
         each = _as_prompt_list(prompts)
-        params = [_final_only(p) for p in _for_each(each, sampling_params or SamplingParams())]
+        given = SamplingParams() if sampling_params is None else sampling_params
+        params = [_final_only(p) for p in _for_each(each, given)]
         priorities = _for_each(each, priority)
         return self._run(self._generate_all(each, params, priorities, use_tqdm))
 
@@ -246,5 +247,6 @@ def _for_each(prompts: list[Prompt], given: T | Sequence[T]) -> list[T]:
 
 
 def _final_only(params: SamplingParams) -> SamplingParams:
+    require_sampling_params(params)
     # Only the last output is looked at.
     return msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)

@@ -14,7 +14,7 @@ class OutputText:
     Args:
         detokenizer: of this completion alone.
         stops: None looks for none; then no text is made before it is taken.
-        min_tokens: stop strings are not looked for before this many.
+        min_tokens: no stop string counts that is complete before there are more than these.
     """
 
     __slots__ = ("_detokenizer", "_min_tokens", "_pending", "_stops", "num_tokens", "stop")
@@ -45,10 +45,8 @@ class OutputText:
             token_id = token_ids[self.num_tokens]
             self.num_tokens += 1  # first: a token that has no text is not tried again
             delta = self._detokenizer.feed((token_id,))
-            if self.num_tokens <= self._min_tokens:
-                self._pending += delta
-                continue
-            shown, self.stop = self._stops.feed(delta)
+            may_match = self.num_tokens > self._min_tokens
+            shown, self.stop = self._stops.feed(delta, may_match=may_match)
             self._pending += shown
             if self.stop is not None:
                 return True
@@ -67,7 +65,8 @@ class OutputText:
         if is_over and self.stop is None:
             rest = self._detokenizer.finish()
             if self._stops is not None:
-                rest = self._stops.feed(rest)[0] + self._stops.finish()
+                # The request has ended already: what matches now has not ended it.
+                rest = self._stops.feed(rest, may_match=False)[0] + self._stops.finish()
             self._pending += rest
         taken, self._pending = self._pending, ""
         return taken

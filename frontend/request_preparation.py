@@ -103,8 +103,8 @@ class RequestPreparation:
             prompt.cache_salt,
             params.n,
             age_s=time.monotonic() - stream.metrics.arrival,
-            ttft_deadline_s=schedule.ttft_deadline_s,
-            deadline_s=schedule.deadline_s,
+            ttft_deadline_s=_seconds(schedule.ttft_deadline_s),
+            deadline_s=_seconds(schedule.deadline_s),
         )
 
     async def encode(self, prompt: ParsedPrompt) -> tuple[str | None, list[int]]:
@@ -128,6 +128,11 @@ class RequestPreparation:
             thread = ThreadPoolExecutor(1, thread_name_prefix=f"footplate-{name}")
             self._threads[name] = thread
         return await asyncio.get_running_loop().run_in_executor(thread, call, *args)
+
+
+def _seconds(given: float | None) -> float | None:
+    # An integer may be larger than a message can hold.
+    return None if given is None else float(given)
 
 
 def _make_text(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParams) -> OutputText:

@@ -25,12 +25,11 @@ class RequestSchedule(msgspec.Struct, frozen=True, gc=False):
         Raises:
             InvalidRequestError: priorities without their policy, or a value out of its bounds.
         """
-        if self.priority:
-            if limits.policy != "priority":
-                raise InvalidRequestError(
-                    f"priority={self.priority} needs an engine with scheduling_policy='priority'"
-                )
-            require_int("priority", self.priority, -(2**31), 2**31 - 1)
+        require_int("priority", self.priority, -(2**31), 2**31 - 1)
+        if self.priority and limits.policy != "priority":
+            raise InvalidRequestError(
+                f"priority={self.priority} needs an engine with scheduling_policy='priority'"
+            )
         if self.arrival_time is not None:
             require_number("arrival_time", self.arrival_time, 0.0, math.inf)
         if self.ttft_deadline_s is not None:

@@ -57,7 +57,7 @@ def resolve_params(
         stops = tuple({*stops, *model.eos_token_ids})
     repetition = params.repetition_detection
     return TokenParams(
-        temperature=params.temperature,
+        temperature=float(params.temperature),
         top_p=params.top_p,
         top_k=max(params.top_k, 0),
         min_p=params.min_p,
@@ -103,7 +103,7 @@ def _adjustments(
     return LogitAdjustments(
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
+        repetition_penalty=float(params.repetition_penalty),
         logit_bias={
             token_id: min(max(float(value), -MAX_LOGIT_BIAS), MAX_LOGIT_BIAS)
             for token_id, value in bias.items()

@@ -55,9 +55,9 @@ def require_number(
     bad = isinstance(value, bool) or not isinstance(value, int | float)
     # NaN fails every comparison. Infinity, and integers beyond all floats, fail the last one.
     if bad or not (low <= value <= high) or (above and value == low) or not abs(value) <= MAX_FLOAT:  # type: ignore[operator,arg-type]
-        bounds = f"above {low:g}" if above else f"at least {low:g}"
-        bounds += "" if math.isinf(high) else f" and at most {high:g}"
-        raise InvalidParameterError(name, value, f"a finite number {bounds}")
+        bounds = [] if math.isinf(low) else [f"above {low:g}" if above else f"at least {low:g}"]
+        bounds += [] if math.isinf(high) else [f"at most {high:g}"]
+        raise InvalidParameterError(name, value, f"a finite number {' and '.join(bounds)}".rstrip())
 
 
 def require_token_ids(name: str, value: object, most: int) -> None:

@@ -18,11 +18,20 @@ class BadFrameError(Exception):
     """A frame that is no message. It is counted and dropped, and ends no loop."""
 
 
+class _AddressOfRequest(msgspec.Struct, tag="add", array_like=True, frozen=True):
+    """The first fields of `AddRequest`, whatever follows."""
+
+    handle: int
+
+
+_decode_address = msgspec.msgpack.Decoder(_AddressOfRequest).decode
+
+
 class Encoder:
     """Messages to frames."""
 
     def __init__(self) -> None:
-        self._encode = msgspec.msgpack.Encoder().encode
+        self._encode = msgspec.msgpack.Encoder(enc_hook=_as_plain).encode
 
     def encode(self, message: Message) -> bytes:
         """Encode one message.
@@ -37,6 +46,15 @@ class Encoder:
                 "send a shorter prompt"
             )
         return frame
+
+
+def _as_plain(value: object) -> object:
+    """A number or text of a type derived from Python's own (numpy.float64 is one) is what it is
+    derived from. Everybody else's is refused before."""
+    for plain in (int, float, str):
+        if isinstance(value, plain):
+            return plain(value)
+    raise TypeError(f"no message holds a {type(value).__name__}")
 
 
 class Decoder(Generic[M]):
@@ -56,6 +74,15 @@ class Decoder(Generic[M]):
             return self._decode(frame)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise BadFrameError(str(error)) from None
+
+
+def handle_of(frame: bytes | memoryview) -> int | None:
+    """Which request a frame that is no message would have added, if it says so much: somebody may
+    wait for its end."""
+    try:
+        return _decode_address(frame).handle
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
 
 
 def client_message_decoder() -> Decoder[ClientMessage]:

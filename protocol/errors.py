@@ -19,6 +19,20 @@
 A broken invariant is none of these: it is an AssertionError, and it ends the process.
 """
 
+import reprlib
+
+# A value may be as large as the mistake.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 8
+
+
+def _shorten(value: object) -> str:
+    try:
+        return _REPR.repr(value)
+    except Exception:  # integers of thousands of digits, and types that cannot say what they are
+        return f"<{type(value).__name__}>"
+
 
 class FootplateError(Exception):
     """Base of everything Footplate raises on purpose."""
@@ -37,7 +51,7 @@ class InvalidParameterError(InvalidRequestError):
     """
 
     def __init__(self, parameter: str, value: object, requirement: str) -> None:
-        super().__init__(f"{parameter}={value!r}: must be {requirement}")
+        super().__init__(f"{parameter}={_shorten(value)}: must be {requirement}")
         self.parameter = parameter
         self.value = value
 

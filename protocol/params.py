@@ -97,7 +97,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
             client draws one for the request, and returns it with every output.
         max_tokens: most tokens to produce; None produces until the context window is full.
         min_tokens: end-of-sequence and stop tokens cannot be chosen before this many, and stop
-            strings are not looked for.
+            strings that are complete by then do not count.
         stop: strings that end the request as soon as one is complete in the output text.
         stop_token_ids: tokens that end the request, beside the model's end-of-sequence tokens.
         bad_words: strings that the output does not contain, at the start of a word or inside
@@ -186,7 +186,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
             raise InvalidParameterError("stop", self.stop, "empty when detokenize is False")
         if self.trace_decode_token_ids is not None:
             for name in _NOT_WITH_A_TRACE:
-                if getattr(self, name) not in (None, 1):
+                if getattr(self, name) not in (None, 1, "", [], ()):
                     raise InvalidParameterError(
                         name,
                         getattr(self, name),
@@ -248,7 +248,8 @@ def _check_logits_processors(name: str, processors: object) -> None:
         raise InvalidParameterError(name, processors, "a dictionary of argument dictionaries")
     try:
         size = len(msgspec.json.encode(processors))
-    except (TypeError, ValueError, RecursionError) as error:
+        msgspec.msgpack.encode(processors)  # as it will travel: integers have 64 bits there
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidParameterError(name, processors, f"of JSON's types: {error}") from None
     if size > MAX_PROCESSOR_ARGUMENT_BYTES:
         raise InvalidParameterError(
@@ -284,7 +285,8 @@ def _token_ids(most: int, *, at_least_one: bool = False) -> _Check:
 
 def _one_of(choices: tuple[object, ...]) -> _Check:
     def check(name: str, value: object) -> None:
-        if value not in choices:
+        # Not by `in` alone: an array compares with everything, and answers with an array.
+        if not isinstance(value, str | None) or value not in choices:
             raise InvalidParameterError(name, value, f"one of {choices}")
 
     return check

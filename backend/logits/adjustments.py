@@ -5,6 +5,7 @@ penalties. Then the thinking budget, and at last the grammar, which nothing befo
 Where the grammar leaves no other choice it also wins over min_tokens and over the thinking budget.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from footplate.backend.logits.penalties import Penalties
 from footplate.backend.logits.processor import LogitsProcessor
 from footplate.backend.logits.thinking import ThinkingState
 from footplate.backend.request import Request
+from footplate.backend.termination import Terminated
 from footplate.protocol.messages import ErrorKind
 from footplate.protocol.token_params import LogitAdjustments, ProcessorCall
 
@@ -127,7 +129,14 @@ class AdjustedRequest:
         if not _is_distribution(row):
             raise RowFailed(ErrorKind.LOGITS, f"no distribution before {name}: a NaN or infinity")
         output = self.request.token_ids[self.request.num_prompt_tokens :]
-        _guarded(name, lambda: process(output, row))
+        # A view: whatever else becomes of the array, the row stays as long as the vocabulary.
+        returned = _guarded(name, lambda: process(output, row[:]))
+        if returned is not None:
+            raise RowFailed(
+                ErrorKind.PROCESSOR,
+                f"{name} returned a {type(returned).__name__}: it must change the logits in place, "
+                "and return nothing",
+            )
         if not _is_distribution(row):
             raise RowFailed(ErrorKind.PROCESSOR, f"{name} left a NaN or infinity in the logits")
 
@@ -175,9 +184,11 @@ def _find_processor(
     name = f"logits processor {kind.__name__}"
 
     def make(prompt: Sequence[int], vocab_size: int) -> LogitsProcessor:
+        # A copy: siblings have the same ones, and so has whoever goes on after a preemption.
+        arguments = _guarded(name, lambda: copy.deepcopy(call.arguments))  # may be nested too deep
         if hasattr(kind, "check_arguments"):
-            _guarded(name, lambda: kind.check_arguments(call.arguments))
-        return _guarded(name, lambda: kind(call.arguments, prompt, vocab_size))
+            _guarded(name, lambda: kind.check_arguments(arguments))
+        return _guarded(name, lambda: kind(arguments, prompt, vocab_size))
 
     return name, make
 
@@ -186,5 +197,15 @@ def _guarded(name: str, run: Callable[[], Result]) -> Result:
     """Run code that is not ours: whatever it raises is the request's end, and no more."""
     try:
         return run()
-    except Exception as error:
-        raise RowFailed(ErrorKind.PROCESSOR, f"{name}: {type(error).__name__}: {error}") from error
+    except Terminated:
+        raise
+    except BaseException as error:  # sys.exit() and the like would end everybody else's request
+        raise RowFailed(ErrorKind.PROCESSOR, f"{name}: {_describe(error)}") from error
+
+
+def _describe(error: BaseException) -> str:
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except Exception:  # its __str__ is not ours either
+        return kind

@@ -27,10 +27,10 @@ class LogitsProcessor:
     its request is preempted, or goes on in another process. Then the same output must follow.
 
     Whatever it raises ends its own request with an error, and no other. So does a row that it
-    leaves with a NaN or +infinity.
+    leaves with a NaN or +infinity, and a value that it returns.
 
     Args:
-        arguments: what the request says, of JSON's types.
+        arguments: what the request says, of JSON's types; the object's own.
         prompt_token_ids: of the request.
         vocab_size: length of a row of logits; ids are 0 to vocab_size - 1.
     """

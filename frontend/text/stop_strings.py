@@ -46,11 +46,14 @@ class StopStrings:
         self._fail = self._link()
         self._openings = frozenset(self._next[0])
 
-    def feed(self, delta: str) -> tuple[str, str | None]:
+    def feed(self, delta: str, *, may_match: bool = True) -> tuple[str, str | None]:
         """Return the text that is now safe to show, and the matched stop string.
 
         Text is held back only while it could still become a stop string. After a match the
         stream is over: the rest of `delta` is dropped.
+
+        Args:
+            may_match: False for text in which no stop string may be complete yet; one may begin.
         """
         assert not self._matched, "fed after a match"
         if not self._state and self._openings.isdisjoint(delta):
@@ -61,7 +64,7 @@ class StopStrings:
                 state = self._fail[state]
             state = self._next[state].get(char, 0)
             stop = self._match[state]
-            if stop is not None:
+            if stop is not None and may_match:
                 self._matched = True
                 end = self._depth[self._state] + position + 1
                 return self._head(delta, end if self._include_stop else end - len(stop)), stop

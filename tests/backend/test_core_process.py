@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from footplate.backend.core_process import BACKLOG_RETRY_S, _patience, _start
+from footplate.backend.core_process import BACKLOG_RETRY_S, LONGEST_SLEEP_S, _patience, _start
 from footplate.backend.engine_core import EngineCore
 from footplate.backend.inbox import Inbox
 from footplate.backend.outbox import Outbox
@@ -36,6 +36,7 @@ class Lanes:
         (False, False, 5.0, 5.0),
         (False, False, 0.0, 0.0),
         (False, True, 5.0, BACKLOG_RETRY_S),
+        (False, False, 1e308, LONGEST_SLEEP_S),
         (False, True, BACKLOG_RETRY_S / 2, BACKLOG_RETRY_S / 2),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 from footplate.backend import delivery as delivery_module
 from footplate.backend.delivery import Delivery
 from footplate.backend.step import ScoredRows
+from footplate.protocol.codec import Encoder, core_message_decoder
 from footplate.protocol.messages import ErrorKind, Finished, FinishReason, LogprobRows, StepOutputs
 
 
@@ -65,7 +66,7 @@ def test_rows_stand_beside_their_tokens() -> None:
 def test_long_prompts_rows_come_in_parts(
     limit: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery_module, "MAX_ROW_BYTES", limit)
+    monkeypatch.setattr(delivery_module, "MAX_COLUMN_BYTES", limit)
     delivery = Delivery(epoch=7)
     whole = rows(9, 4)
     delivery.score_prompt(b"a", 3, whole)
@@ -78,7 +79,7 @@ def test_long_prompts_rows_come_in_parts(
 
 
 def test_a_row_that_is_longer_than_the_limit_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery_module, "MAX_ROW_BYTES", 10)
+    monkeypatch.setattr(delivery_module, "MAX_COLUMN_BYTES", 10)
     delivery = Delivery(epoch=7)
     delivery.score_prompt(b"a", 3, rows(0, 2, row_length=5))
     told = [part for outputs in taken(delivery) for part in outputs.prompt_logprobs]
@@ -88,7 +89,8 @@ def test_a_row_that_is_longer_than_the_limit_is_not_cut(monkeypatch: pytest.Monk
 def test_a_message_with_many_rows_is_closed_and_none_is_parted_from_its_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(delivery_module, "MAX_ROW_BYTES", 20)
+    monkeypatch.setattr(delivery_module, "MAX_COLUMN_BYTES", 20)
+    monkeypatch.setattr(delivery_module, "FINISHED_BYTES", 0)
     delivery = Delivery(epoch=7)
     for handle in range(8):
         write_token(delivery, handle, 0)
@@ -101,8 +103,35 @@ def test_a_message_with_many_rows_is_closed_and_none_is_parted_from_its_token(
 
 
 def test_closed_messages_of_who_has_left_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery_module, "MAX_ROW_BYTES", 1)
+    monkeypatch.setattr(delivery_module, "MAX_COLUMN_BYTES", 1)
     delivery = Delivery(epoch=7)
     delivery.score_prompt(b"a", 3, rows(0, 4))
     delivery.forget(b"a")
     assert delivery.take() == []
+
+
+def test_ends_by_the_ten_thousand_fit_their_frames() -> None:
+    delivery = Delivery(epoch=7)
+    for handle in range(30_000):
+        delivery.end(b"a", 2**62 + handle, FinishReason.ERROR, "\U0001f600" * 500)
+    frames = [Encoder().encode(outputs) for outputs in taken(delivery)]  # or it raises
+    decode = core_message_decoder().decode
+    handles = [end.handle for frame in frames for end in decode(frame).finished]  # type: ignore[union-attr]
+    assert handles == [2**62 + handle for handle in range(30_000)]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("fine", "fine"),
+        ("x" * 2000, "x" * 2000),
+        ("x" * 20_000_000, "x" * 2000 + "... (20000000 characters)"),
+        ("half of \ud83d", "half of ?"),
+    ],
+)
+def test_whatever_a_request_failed_with_can_be_told(given: str, told: str) -> None:
+    delivery = Delivery(epoch=7)
+    delivery.end(b"a", 1, FinishReason.ERROR, given)
+    [outputs] = taken(delivery)
+    assert [end.message for end in outputs.finished] == [told]
+    Encoder().encode(outputs)

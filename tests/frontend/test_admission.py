@@ -4,7 +4,7 @@ import pytest
 
 from footplate.frontend.admission import DEFAULT_RETRY_S, MAX_RETRY_S, WaitingRequests
 from footplate.protocol.config import RequestConfig
-from footplate.protocol.errors import QueueOverflowError
+from footplate.protocol.errors import InvalidRequestError, QueueOverflowError
 
 LIMITS = RequestConfig(max_num_queued_reqs=3, max_num_queued_tokens=100)
 
@@ -31,6 +31,15 @@ def test_there_is_room_up_to_the_limit_and_none_beyond() -> None:
         waiting.require_room(LIMITS, 2, 10)
     with pytest.raises(QueueOverflowError, match=r"90 tokens wait, 11 more .*queued_tokens=100"):
         waiting.require_room(LIMITS, 1, 11)
+
+
+def test_what_would_not_fit_if_nobody_waited_is_not_told_to_come_back() -> None:
+    waiting = WaitingRequests()
+    waiting.require_room(LIMITS, 3, 100)
+    with pytest.raises(InvalidRequestError, match=r"4 requests can never .*_reqs=3"):
+        waiting.require_room(LIMITS, 4, 100)
+    with pytest.raises(InvalidRequestError, match=r"101 prompt tokens can never .*_tokens=100"):
+        waiting.require_room(LIMITS, 3, 101)
 
 
 def test_who_has_started_or_left_waits_no_longer() -> None:

@@ -10,9 +10,11 @@ from contextlib import suppress
 from math import inf, log
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from footplate.frontend import AsyncLLMEngine, BeamSearchParams, RequestOutput
+from footplate.protocol.config import RequestConfig
 from footplate.protocol.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -29,7 +31,7 @@ from footplate.protocol.messages import (
     StepOutputs,
 )
 
-from .scripted_core import EPOCH, PATIENCE_S, ScriptedCore
+from .scripted_core import EPOCH, PATIENCE_S, WELCOME, ScriptedCore
 
 pytestmark = pytest.mark.usefixtures("nothing_is_lost")
 
@@ -184,3 +186,22 @@ async def test_what_cannot_be_searched_is_refused(engine: AsyncLLMEngine) -> Non
         with pytest.raises(error):
             async for _ in engine.beam_search(prompt, params):  # type: ignore[arg-type]
                 pass
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (RequestConfig(max_num_queued_reqs=1), "2 requests can never wait together"),
+        (RequestConfig(max_num_queued_tokens=3), "4 prompt tokens can never wait together"),
+    ],
+)
+async def test_beams_that_can_never_wait_together_are_refused_before_the_search(
+    core: ScriptedCore, limits: RequestConfig, words: str
+) -> None:
+    engine = AsyncLLMEngine.connect(core.address, timeout_s=PATIENCE_S)
+    starting = asyncio.create_task(engine.start())
+    await core.accept(msgspec.structs.replace(WELCOME, requests=limits))
+    await starting
+    with pytest.raises(InvalidRequestError, match=words):
+        await search(engine)
+    engine.shutdown()

@@ -104,6 +104,14 @@ def test_an_output_kind_makes_no_difference_to_the_result(llm: LLM) -> None:
 def test_as_many_parameters_as_prompts_or_one_for_all(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="2 prompts and 3 sampling params"):
         generate(llm, [[20], [21]], [tokens()] * 3)
+    with pytest.raises(InvalidRequestError, match="1 prompts and 0 sampling params"):
+        generate(llm, [[20]], [])
+
+
+@pytest.mark.parametrize("given", [5, {"temperature": 0}, [None]])
+def test_what_are_no_parameters_is_refused(llm: LLM, given: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="must be SamplingParams, got"):
+        llm.generate([[20]], given, use_tqdm=False)
 
 
 # ---- errors

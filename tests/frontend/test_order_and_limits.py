@@ -15,7 +15,7 @@ import pytest
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, RequestOutput, SamplingParams
 from footplate.frontend.stream import RequestStream
-from footplate.protocol.errors import InvalidParameterError, QueueOverflowError
+from footplate.protocol.errors import InvalidParameterError, InvalidRequestError, QueueOverflowError
 
 from .conftest import running_core
 from .fake_model import expected_token_ids
@@ -163,9 +163,16 @@ async def test_what_would_wait_behind_too_many_is_refused_and_the_others_are_ser
 
 async def test_n_requests_wait_as_n(narrow_core: str) -> None:
     async with occupied(narrow_core) as (engine, _):
-        params = SamplingParams(n=4, max_tokens=4, detokenize=False)
-        with pytest.raises(QueueOverflowError, match="4 more"):
-            await engine.add_request(None, PROMPT, params)
+
+        def of(n: int) -> SamplingParams:
+            return SamplingParams(n=n, max_tokens=4, detokenize=False)
+
+        stream = await engine.add_request(None, PROMPT, of(2))
+        with pytest.raises(QueueOverflowError, match="2 requests wait, 2 more"):
+            await engine.add_request(None, PROMPT, of(2))
+        with pytest.raises(InvalidRequestError, match="4 requests can never wait together"):
+            await engine.add_request(None, PROMPT, of(4))
+        stream.close()
 
 
 async def test_the_core_counts_what_all_clients_let_wait(narrow_core: str) -> None:

@@ -96,6 +96,13 @@ def test_the_context_window_bounds_prompt_and_output_together() -> None:
         resolve(90, max_tokens=11)
 
 
+def test_a_trace_that_does_not_fit_is_named() -> None:
+    trace = [7] * 8
+    assert resolve(92, trace_decode_token_ids=trace) == 8
+    with pytest.raises(PromptTooLongError, match=r"93 .* trace_decode_token_ids 8, together 101"):
+        resolve(93, trace_decode_token_ids=trace)
+
+
 def test_without_max_tokens_the_output_may_fill_the_context_window() -> None:
     assert resolve(1, max_tokens=None) == 99
     assert resolve(99, max_tokens=None) == 1
@@ -123,10 +130,3 @@ def test_the_models_own_limit_counts() -> None:
     smaller = msgspec.structs.replace(MODEL, max_model_len=10)
     with pytest.raises(PromptTooLongError, match="10"):
         resolve_max_tokens([7] * 10, SamplingParams(), smaller)
-
-
-def test_a_trace_takes_the_place_of_max_tokens_and_is_never_cut() -> None:
-    trace = SamplingParams(trace_decode_token_ids=[1] * 17, max_tokens=16)
-    assert resolve_max_tokens([1] * 3, trace, MODEL) == 17
-    with pytest.raises(PromptTooLongError, match=r"trace_decode_token_ids 17.*the trace to"):
-        resolve_max_tokens([1] * (MODEL.max_model_len - 16), trace, MODEL)

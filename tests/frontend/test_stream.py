@@ -354,6 +354,23 @@ async def test_stop_strings_are_not_looked_for_before_min_tokens() -> None:
     assert (only.text, only.token_ids) == ("axxb", ids("axxbx"))
 
 
+async def test_a_stop_string_that_began_before_min_tokens_counts_when_it_is_complete() -> None:
+    consumer = Consumer(stop=["xyz"], min_tokens=3, output_kind=RequestOutputKind.DELTA)
+    assert not consumer.push("axy")
+    assert (await consumer.take()).text == "a"
+    assert consumer.push("zc")
+    (only,) = await consumer.rest()
+    assert (only.text, only.token_ids, only.stop_reason) == ("", ids("z"), "xyz")
+
+
+async def test_what_is_flushed_at_the_end_matches_no_stop_string() -> None:
+    consumer = Consumer(stop=["~"])
+    consumer.push("ab")
+    consumer.finish()
+    (only,) = await consumer.rest()
+    assert (only.text, only.finish_reason, only.stop_reason) == ("ab~", "length", None)
+
+
 async def test_an_aborted_stream_releases_the_text_it_held_back() -> None:
     consumer = Consumer(stop=["END"])
     consumer.push("abE")

@@ -30,9 +30,13 @@ from footplate.protocol.errors import (
 from footplate.protocol.links import new_client_id, output_endpoint
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
+    AbortRequests,
     AddRequest,
     ControlReply,
     CoreMessage,
+    ErrorKind,
+    Finished,
+    FinishReason,
     GetStats,
     Goodbye,
     Hello,
@@ -43,7 +47,7 @@ from footplate.protocol.messages import (
     StepOutputs,
     Welcome,
 )
-from footplate.protocol.token_params import TokenParams
+from footplate.protocol.token_params import Grammar, TokenParams
 
 from .conftest import HERE, PATIENCE_S, Program, StartCore, files_in, in_time, is_gone
 
@@ -521,6 +525,56 @@ def test_garbage_is_counted_and_harms_nobody(start_core: StartCore) -> None:
             output = bystander.hear_output()
             assert isinstance(output, StepOutputs)
             token_ids += output.token_ids
+
+
+def test_a_request_that_cannot_be_decoded_gets_its_end(start_core: StartCore) -> None:
+    sound = [1.0, 1.0, 0, 0.0, 0, 5, 0, []]
+    unreadable: list[list[Any]] = [
+        [7, PROMPT, [-1.0, *sound[1:]]],
+        [7, PROMPT, [float("nan"), *sound[1:]]],
+        [7, PROMPT, sound, None],
+        [7, PROMPT, sound, 0, "", 16_385],
+        [7, PROMPT],
+        [7],
+    ]
+    with raw_client(start_core().address) as client:
+        client.join()
+        client.say(AddRequest(6, PROMPT, TokenParams(0.0, 1.0, 0, 0.0, 0, 30_000, 0, ())))
+        for fields in unreadable:
+            client.say(msgspec.msgpack.encode(["add", *fields]))
+        client.say(msgspec.msgpack.encode(["add", 6]))  # of one that goes on: no end
+        client.say(msgspec.msgpack.encode(["add", "7"]))  # of nobody
+        ends: list[Finished] = []
+        while len(ends) < len(unreadable):
+            output = client.hear_output()
+            assert isinstance(output, StepOutputs)
+            ends += output.finished
+        assert {(end.handle, end.kind) for end in ends} == {(7, ErrorKind.INVALID)}
+        assert all(end.message for end in ends)
+        client.say(AbortRequests([6]))
+        ends.clear()
+        while not ends:
+            output = client.hear_output()
+            assert isinstance(output, StepOutputs)
+            ends += output.finished
+        assert ends == [Finished(6, FinishReason.ABORT)]
+
+
+def test_a_deadline_beyond_all_clocks_does_not_end_a_core_that_sleeps(
+    start_core: StartCore,
+) -> None:
+    # Held by a grammar, so that the core has nothing to do but wait.
+    grammar = Grammar("start: /(a|b){3,900}c/")
+    params = TokenParams(0.0, 1.0, 0, 0.0, 0, 3, 0, (), grammar=grammar)
+    with raw_client(start_core().address) as client:
+        client.join()
+        for handle, seconds in enumerate([1e10, 1e308]):
+            client.say(AddRequest(handle, PROMPT, params, deadline_s=seconds))
+            output = client.hear_output()
+            while not (isinstance(output, StepOutputs) and output.finished):
+                output = client.hear_output()
+            [end] = output.finished
+            assert end.handle == handle and end.reason is not FinishReason.ERROR, end
 
 
 @pytest.mark.parametrize("mode", [None, "load waits"], ids=["serving", "loading"])

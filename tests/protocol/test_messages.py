@@ -396,3 +396,20 @@ def test_the_largest_message_is_encoded_and_one_byte_more_is_refused_with_number
     with pytest.raises(MessageTooLargeError, match=rf"{MAX_FRAME_BYTES + 1}.*{MAX_FRAME_BYTES}"):
         encoder.encode(EngineFailed(largest + "x"))
     assert encoder.encode(Goodbye()).hex() == "91a3627965", "the encoder is as good as before"
+
+
+class Whole(int):
+    pass
+
+
+class Share(float):
+    pass
+
+
+def test_numbers_and_text_of_derived_types_travel_as_what_they_are_derived_from() -> None:
+    plain = AddRequest(5, [1], TokenParams(0.5, 1.0, 3, 0.0, 0, 4, 0, (2,)), deadline_s=0.5)
+    params = TokenParams(Share(0.5), Share(1), Whole(3), Share(0), 0, Whole(4), 0, (Whole(2),))
+    derived = AddRequest(Whole(5), [Whole(1)], params, deadline_s=Share(0.5))
+    assert Encoder().encode(derived) == Encoder().encode(plain)
+    with pytest.raises(TypeError, match="no message holds a complex"):
+        Encoder().encode(AddRequest(5, [1j], params))  # type: ignore[list-item]

@@ -56,7 +56,13 @@ FLAGS = (
         ("trace_decode_token_ids", [None, [0], (5, 5)]),
         (
             "logits_processors",
-            [None, {}, {"P": {"a": [1, {"b": None}]}}, {"P": {"x": "y" * 65000}}],
+            [
+                None,
+                {},
+                {"P": {"a": [1, {"b": None}]}},
+                {"P": {"x": "y" * 65000}},
+                {"P": {"x": 2**64 - 1}},
+            ],
         ),
         *((flag, [True, False]) for flag in FLAGS),
         ("stop", [None, "x", ["a", "b"], (), ["x"] * 64, "x" * 1024]),
@@ -100,7 +106,14 @@ def test_values_within_bounds_are_taken(name: str, legal: list[Any]) -> None:
         ("trace_decode_token_ids", [[], [-1], 5, [True]]),
         (
             "logits_processors",
-            [[], {"P": 5}, {5: {}}, {"P": {"x": "y" * 66000}}, {"P": {"x": object()}}],
+            [
+                [],
+                {"P": 5},
+                {5: {}},
+                {"P": {"x": "y" * 66000}},
+                {"P": {"x": object()}},
+                {"P": {"x": 2**64}},
+            ],
         ),
         ("structured_outputs", [{"json": {}}, "json", 5]),
         ("repetition_detection", [{"max_pattern_size": 5}, 5]),
@@ -142,6 +155,36 @@ def test_a_trace_says_what_every_token_is_so_some_parameters_go_without_it(
     SamplingParams(**{name: value})
     with pytest.raises(InvalidParameterError, match=f"{name}=.*trace_decode_token_ids"):
         SamplingParams(trace_decode_token_ids=[1], **{name: value})
+
+
+@pytest.mark.parametrize("empty", ["", [], ()])
+def test_a_trace_goes_with_lists_that_are_empty(empty: Any) -> None:
+    stop = empty or None  # an empty stop string is refused by itself
+    SamplingParams(trace_decode_token_ids=[1], stop=stop, bad_words=empty or [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("top_k", 10**5000, "<int>"),
+        ("stop", b"x" * 10**7, None),
+        ("logit_bias", [(5, 1.0)] * 10**5, None),
+    ],
+    ids=["top_k", "stop", "logit_bias"],
+)
+def test_a_value_as_large_as_the_mistake_is_shortened(
+    name: str, value: Any, shown: str | None
+) -> None:
+    with pytest.raises(InvalidParameterError, match=f"^{name}=") as refusal:
+        SamplingParams(**{name: value})
+    assert len(str(refusal.value)) < 400
+    assert refusal.value.value is value
+    assert shown is None or shown in str(refusal.value)
+
+
+def test_a_bias_without_bounds_names_none() -> None:
+    with pytest.raises(InvalidParameterError, match=r"logit_bias=inf: must be a finite number$"):
+        SamplingParams(logit_bias={5: math.inf})
 
 
 def test_what_is_too_large_is_refused_by_its_size_and_not_shown() -> None:

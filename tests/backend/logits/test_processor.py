@@ -1,15 +1,17 @@
 """Custom processors: what they see, what they may do, and that their failures are one request's."""
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from footplate.backend.logits.processor import LogitsProcessor, load_processors
 from footplate.backend.logits.rows import LogitRows
+from footplate.backend.termination import Terminated
 from footplate.protocol.errors import EngineStartError
 from footplate.protocol.messages import ErrorKind
 from footplate.protocol.token_params import ProcessorCall
@@ -34,14 +36,28 @@ class Favour(LogitsProcessor):
 class Recorder:
     """Duck-typed: no subclass, no check of arguments."""
 
-    seen: list[Any]
+    seen: ClassVar[list[Any]] = []
 
     def __init__(self, arguments: dict[str, Any], prompt: Sequence[int], vocab_size: int) -> None:
-        self.seen = arguments["list"]
         self.seen.append((list(prompt), vocab_size))
 
     def __call__(self, output_token_ids: Sequence[int], logits: FloatRow) -> None:
         self.seen.append((list(output_token_ids), logits.tolist()))
+
+
+class Consumer(LogitsProcessor):
+    """Takes its arguments apart."""
+
+    def __init__(self, arguments: dict[str, Any], prompt: Sequence[int], vocab_size: int) -> None:
+        self.token_id = arguments["ids"].pop()
+
+    def __call__(self, output_token_ids: Sequence[int], logits: FloatRow) -> None:
+        logits[self.token_id] = 100.0
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
 
 
 class Misbehave(LogitsProcessor):
@@ -66,9 +82,21 @@ class Misbehave(LogitsProcessor):
                 logits[len(logits)] = 0.0
             case "mask":
                 logits.fill(-math.inf)
+            case "exit":
+                sys.exit(3)
+            case "unspeakable":
+                raise UnspeakableError
+            case "return":
+                return logits * 2  # type: ignore[return-value]
+            case "reshape":
+                logits.shape = (1, len(logits))
+            case "lock":
+                logits.flags.writeable = False
+            case "terminated":
+                raise Terminated(143)
 
 
-PROCESSORS: Any = (Favour, Recorder, Misbehave)
+PROCESSORS: Any = (Favour, Recorder, Misbehave, Consumer)
 
 
 def call(index: int, **arguments: Any) -> ProcessorCall:
@@ -83,10 +111,11 @@ def test_a_processor_changes_logits_by_arguments_and_output() -> None:
 
 
 def test_a_processor_is_made_once_and_sees_prompt_output_and_edited_logits() -> None:
-    seen: list[Any] = []
+    seen = Recorder.seen
+    seen.clear()
     request = make_request(
         [3, 4],
-        processors=(call(1, list=seen), call(0, bonus=10)),
+        processors=(call(1), call(0, bonus=10)),
         logit_bias={1: 1.0},
         presence_penalty=1.0,
     )
@@ -108,7 +137,7 @@ def test_a_processor_cannot_break_a_grammar() -> None:
 @pytest.mark.parametrize(
     ("processor", "kind", "words"),
     [
-        (call(3), ErrorKind.PROCESSOR, "there is no logits processor 3: this engine has 3"),
+        (call(4), ErrorKind.PROCESSOR, "there is no logits processor 4: this engine has 4"),
         (call(0, bonus="x"), ErrorKind.PROCESSOR, "Favour: ValueError: bonus must be an integer"),
         (call(2, how="init"), ErrorKind.PROCESSOR, "Misbehave: RuntimeError: no start"),
         (call(2, how="raise"), ErrorKind.PROCESSOR, "Misbehave: KeyError: 'lost'"),
@@ -116,6 +145,9 @@ def test_a_processor_cannot_break_a_grammar() -> None:
         (call(2, how="shape"), ErrorKind.PROCESSOR, "Misbehave: ValueError"),
         (call(2, how="nan"), ErrorKind.PROCESSOR, "Misbehave left a NaN or infinity"),
         (call(2, how="infinity"), ErrorKind.PROCESSOR, "Misbehave left a NaN or infinity"),
+        (call(2, how="exit"), ErrorKind.PROCESSOR, "Misbehave: SystemExit: 3"),
+        (call(2, how="unspeakable"), ErrorKind.PROCESSOR, "Misbehave: UnspeakableError"),
+        (call(2, how="return"), ErrorKind.PROCESSOR, "Misbehave returned a ndarray: it must"),
         (call(2, how="mask"), ErrorKind.LOGITS, "no token is possible, with logits_processors"),
     ],
 )
@@ -129,6 +161,34 @@ def test_what_a_processor_does_wrong_is_its_requests_error(
         assert words in result.errors[0].message
     good = make_request(key=2, processors=(call(0, bonus=10),))
     assert run(rows, good, LOGITS)[1].token_ids == [0]
+
+
+@pytest.mark.parametrize("how", ["reshape", "lock"])
+def test_what_a_processor_does_to_the_array_itself_does_not_reach_the_row(how: str) -> None:
+    request = make_request(processors=(call(2, how=how),), presence_penalty=1.0)
+    assert edited_row(LOGITS, request, PROCESSORS) == LOGITS
+
+
+def test_a_signal_that_comes_while_a_processor_runs_still_ends_the_process() -> None:
+    with pytest.raises(Terminated):
+        run(LogitRows(PROCESSORS), make_request(processors=(call(2, how="terminated"),)), LOGITS)
+
+
+def test_a_processor_that_takes_its_arguments_apart_leaves_them_whole_for_the_next() -> None:
+    processors = (call(3, ids=[2]),)
+    rows = LogitRows(PROCESSORS)
+    # A sibling; then the same request, made again after a preemption.
+    for key in (1, 2, 2):
+        request = make_request(key=key, processors=processors)
+        assert run(rows, request, LOGITS)[1].token_ids == [2]
+
+
+def test_arguments_that_are_nested_too_deep_are_their_requests_error() -> None:
+    arguments: dict[str, Any] = {}
+    for _ in range(900):
+        arguments = {"bonus": arguments}
+    _, result = run(LogitRows(PROCESSORS), make_request(processors=(call(0, **arguments),)), LOGITS)
+    assert "Favour: RecursionError" in result.errors[0].message
 
 
 def test_a_processor_is_not_blamed_for_the_models_nan() -> None:

@@ -75,6 +75,26 @@ def test_any_chunking_gives_what_the_definition_says(
         assert run(stops, chunks, include) == expected
 
 
+@given(STOPS, TEXT, TEXT, st.booleans())
+@example(["ab"], "a", "b", False)
+@example(["ab"], "ab", "c", False)
+def test_a_stop_string_may_begin_where_none_may_be_complete(
+    stops: list[str], before: str, text: str, include: bool
+) -> None:
+    searcher = StopStrings(stops, include)
+    shown, matched = searcher.feed(before, may_match=False)
+    assert matched is None
+    more, matched = searcher.feed(text)
+    ends = range(len(before) + 1, len(before) + len(text) + 1)
+    whole = before + text
+    complete = [(end, stop) for end in ends for stop in stops if whole[:end].endswith(stop)]
+    expected: tuple[str, str | None] = (whole, None)
+    if complete:
+        end, stop = min(complete, key=lambda found: (found[0], -len(found[1])))
+        expected = (whole[: end if include else end - len(stop)], stop)
+    assert (shown + more + searcher.finish(), matched) == expected
+
+
 @given(STOPS, TEXT)
 def test_no_more_is_held_back_than_could_still_become_a_stop_string(
     stops: list[str], text: str
