@@ -49,7 +49,10 @@ def make_requests(client: bytes, message: AddRequest, first_key: int, now: float
         num_prior_tokens=len(message.prior_token_ids),
         arrival_time=now - message.age_s,
     )
-    return [first, *(_sibling(first, index) for index in range(1, message.n))]
+    requests = [first]
+    for index in range(1, message.n):
+        requests.append(_sibling(first, index))
+    return requests
 
 
 def _sibling(first: Request, index: int) -> Request:

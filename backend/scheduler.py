@@ -96,7 +96,7 @@ class Scheduler:
             self._num_arrivals += 1
             end = request.num_prompt_tokens + request.params.max_tokens
             request.max_num_tokens = min(end, self._max_model_len)
-            request.num_scored = min(_first_to_score(request), request.num_prompt_tokens)
+            request.num_scored = _first_to_score(request)
         if len(requests) > 1:
             num_full = (num_tokens - 1) // self._block_size
             siblings = Siblings(requests, num_full if self._can_share else 0)
@@ -426,5 +426,5 @@ def _first_to_score(request: Request) -> int:
     if params.skip_reading_prefix_cache:
         return 0
     if params.logprobs is not None and wants_prompt_logprobs(request):
-        return max(1, params.logprobs.prompt_start)
+        return min(max(1, params.logprobs.prompt_start), request.num_prompt_tokens)
     return request.num_prompt_tokens

@@ -76,11 +76,12 @@ class WaitingQueue:
         """Who is next."""
         if not self._num_waiting:
             return None
-        return min(map(self._key, filter(_first, self._lines.values())))[-1]
+        firsts = filter(None, map(_first, self._lines.values()))
+        return min(firsts, key=self._key) if self.is_shared else next(firsts)
 
-    def _key(self, line: _Line) -> tuple[int, int, Rank, Request]:
-        rank, request = line.heap[0]
-        return (rank[0], line.num_served, rank, request)
+    def _key(self, request: Request) -> tuple[int, int, Rank]:
+        rank = self.rank(request)
+        return (rank[0], self._lines[request.client].num_served, rank)
 
     def pop(self) -> Request:
         """Take out who is next."""

@@ -13,6 +13,8 @@ from footplate.protocol.params import RequestOutputKind, SamplingParams
 if TYPE_CHECKING:
     from footplate.frontend.stream import RequestStream
 
+NEVER = sys.maxsize
+
 
 class Completion:
     """Owns all that the client knows of one handle. The engine client pushes; the stream it is
@@ -33,7 +35,6 @@ class Completion:
         "_seen_text",
         "_stop_reason",
         "_token_ids",
-        "final_taken",
         "handle",
         "index",
         "is_waiting",
@@ -53,9 +54,9 @@ class Completion:
         self.text: OutputText | None = None  # set when the prompt has been encoded
         self.scored: ScoredTokens | None = None  # likewise, if logprobs were asked for
         self.is_waiting = False  # sent, and not started
-        self.final_taken = False
-        # How many tokens there must be for an output. The first has one of its own.
-        self._due_at = sys.maxsize if stream.is_final_only else 1
+        # How many tokens there must be for an output: the first and the end have one of their own.
+        # `NEVER` when the last has been taken, and where only that one is wanted.
+        self._due_at = NEVER if stream.is_final_only else 1
         self._token_ids: list[int] = []
         self._num_taken = 0
         self._seen_text = ""
@@ -66,7 +67,8 @@ class Completion:
         """Begin behind output that there is already."""
         self._token_ids = list(prior_token_ids)
         self._num_taken = len(prior_token_ids)
-        self._due_at = max(self._due_at, len(prior_token_ids) + 1)
+        if self._due_at == 1:  # it has not been aborted, and is not one output for all
+            self._due_at += len(prior_token_ids)
 
     # ---- pushed
 
@@ -111,6 +113,7 @@ class Completion:
         """End here, with what there is so far. Only the first end counts."""
         if self._finish_reason is None:
             self._finish_reason = reason
+            self._due_at = 0
             self.stream.num_unfinished -= 1
             self.stream.wake()
 
@@ -128,8 +131,6 @@ class Completion:
     @property
     def is_due(self) -> bool:
         """Whether it is time for an output."""
-        if self._finish_reason is not None:
-            return not self.final_taken
         return len(self._token_ids) >= self._due_at
 
     @property
@@ -139,10 +140,10 @@ class Completion:
 
     def take(self, params: SamplingParams, interval: int) -> CompletionOutput:
         """The output that is due, or all that is there; the next is due `interval` tokens on."""
-        is_over = self._finish_reason is not None
+        reason = self._finish_reason
         delta = ""
         if self.text is not None:
-            delta = self.text.take(self._token_ids, is_over=is_over)
+            delta = self.text.take(self._token_ids, is_over=reason is not None)
         num_tokens = len(self._token_ids)
         if params.output_kind is RequestOutputKind.DELTA:
             start, token_ids, text = self._num_taken, self._token_ids[self._num_taken :], delta
@@ -150,9 +151,7 @@ class Completion:
             self._seen_text += delta
             start, token_ids, text = 0, self._token_ids.copy(), self._seen_text
         self._num_taken = num_tokens
-        if self._due_at != sys.maxsize:
-            self._due_at = num_tokens + interval
-        self.final_taken = is_over
+        self._due_at = NEVER if reason is not None else num_tokens + interval
         logprobs: Logprobs | None = None
         cumulative: float | None = None
         if self.scored is not None:
@@ -162,7 +161,7 @@ class Completion:
             self.index,
             text,
             token_ids,
-            str(self._finish_reason) if self._finish_reason is not None else None,
+            None if reason is None else str(reason),
             self._stop_reason,
             logprobs,
             cumulative,

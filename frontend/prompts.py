@@ -33,6 +33,8 @@ def parse_prompt(prompt: Prompt) -> ParsedPrompt:
     """
     if isinstance(prompt, str):
         return ParsedPrompt(text=prompt)
+    if type(prompt) is list and _are_token_ids(prompt):  # before slower questions: what most send
+        return ParsedPrompt(token_ids=prompt.copy())
     if isinstance(prompt, Mapping):
         return _parse_mapping(prompt)
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
@@ -66,11 +68,15 @@ def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
 
 
 def _as_token_ids(token_ids: object) -> list[int]:
-    # By type, not isinstance: a bool is no token id, and neither is a numpy scalar, which the
-    # wire could not carry. A set of types is made in C.
-    if not isinstance(token_ids, Sequence) or not {int}.issuperset(map(type, token_ids)):
+    if not isinstance(token_ids, Sequence) or not _are_token_ids(token_ids):
         raise InvalidRequestError("prompt_token_ids must be a list of Python integers")
     return list(token_ids)
+
+
+def _are_token_ids(prompt: Sequence[object]) -> bool:
+    # By type, not isinstance: a bool is no token id, and neither is a numpy scalar, which the
+    # wire could not carry. A set of types is made in C.
+    return {int}.issuperset(map(type, prompt))
 
 
 def tokenize(parsed: ParsedPrompt, tokenizer: Tokenizer) -> tuple[str, list[int]]:

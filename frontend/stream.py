@@ -80,7 +80,9 @@ class RequestStream:
         self._was_closed = False
         self._waiter: asyncio.Future[None] | None = None
         self.num_unfinished = params.n
-        self.completions = [Completion(self, index, handle + index) for index in range(params.n)]
+        self.completions: list[Completion] = []
+        for index in range(params.n):  # no comprehension: a closure costs as much as all of this
+            self.completions.append(Completion(self, index, handle + index))
 
     def begin(
         self,
@@ -186,7 +188,7 @@ class RequestStream:
         if self._was_closed:
             return ()
         if self.is_final_only:
-            is_complete = not self.num_unfinished and not self.completions[0].final_taken
+            is_complete = not self.num_unfinished and self.completions[0].is_due
             return self.completions if is_complete else ()
         if len(self.completions) == 1 and self._error is None:  # nearly every stream
             return self.completions if self.completions[0].is_due else ()
@@ -196,29 +198,31 @@ class RequestStream:
         return due
 
     def _take(self, due: Sequence[Completion]) -> RequestOutput:
-        params, interval = self.params, self._interval
+        outputs = []  # no comprehension: a closure costs more than all else here
+        for completion in due:
+            outputs.append(completion.take(self.params, self._interval))
+        scored = self.prompt_scored
         return RequestOutput(
             self.request_id,
             self.prompt,
             self.prompt_token_ids,
-            [completion.take(params, interval) for completion in due],
+            outputs,
             not self.num_unfinished,  # who had ended and was not taken was due
             self.seed,
             self.metrics,
             self.num_cached_tokens,
-            self._take_prompt_logprobs(),
+            None if scored is None else self._read_prompt_logprobs(scored),
         )
 
-    def _take_prompt_logprobs(self) -> Logprobs | None:
-        if self.prompt_scored is not None:
-            # All of it has come before the first output.
-            self._prompt_logprobs = self.prompt_scored.read(
-                0, len(self.prompt_token_ids), flat=self.params.flat_logprobs
-            )
-            self.prompt_scored = None
+    def _read_prompt_logprobs(self, scored: ScoredTokens) -> Logprobs | None:
+        """All of them, which have come before the first output; with `DELTA` only once."""
         taken = self._prompt_logprobs
+        if taken is None:
+            taken = scored.read(0, len(self.prompt_token_ids), flat=self.params.flat_logprobs)
         if self.params.output_kind is RequestOutputKind.DELTA:
-            self._prompt_logprobs = None
+            self.prompt_scored = None
+        else:
+            self._prompt_logprobs = taken
         return taken
 
     async def aclose(self) -> None:

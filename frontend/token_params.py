@@ -122,9 +122,13 @@ def _adjustments(
 def _logprobs(
     params: SamplingParams, model: ModelFacts, requests: RequestConfig
 ) -> LogprobsRequest | None:
-    ids = _known_ids("logprob_token_ids", params.logprob_token_ids, model)
-    prompt_ids = _known_ids("prompt_logprob_token_ids", params.prompt_logprob_token_ids, model)
+    """None for a request that asks for none, which is nearly every one."""
     num_logprobs, num_prompt_logprobs = params.logprobs, params.prompt_logprobs
+    ids, prompt_ids = params.logprob_token_ids, params.prompt_logprob_token_ids
+    if num_logprobs is None and num_prompt_logprobs is None and ids is None and prompt_ids is None:
+        return None
+    ids = _known_ids("logprob_token_ids", ids, model)
+    prompt_ids = _known_ids("prompt_logprob_token_ids", prompt_ids, model)
     if num_logprobs is None and ids:
         num_logprobs = 0  # these ids, beside the token itself
     if num_prompt_logprobs is None and prompt_ids:

@@ -74,7 +74,8 @@ class RepetitionDetectionParams(msgspec.Struct, kw_only=True, frozen=True):
         require_int(f"{name}min_count", self.min_count, 2, MAX_INT)
 
 
-class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
+# No work for the garbage collector: nothing that its fields may hold can lead back to it.
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     """How logits become tokens, tokens become text, and when a request ends.
 
     Names, defaults and meanings are vLLM's. Bounds are checked when it is built; what depends on
@@ -182,7 +183,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
             raise InvalidParameterError(
                 "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})"
             )
-        if self.stop_strings and not self.detokenize:
+        if self.stop and not self.detokenize:
             raise InvalidParameterError("stop", self.stop, "empty when detokenize is False")
         if self.trace_decode_token_ids is not None:
             for name in _NOT_WITH_A_TRACE:

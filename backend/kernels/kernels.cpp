@@ -13,10 +13,12 @@
 //   attention.h        attention over them
 //   decoder_layer.h    all of a layer
 //   sampling.h         logits become tokens
+//   logprobs.h         and are normalised for logprobs
 #include "attention.h"
 #include "decoder_layer.h"
 #include "experts.h"
 #include "linear.h"
+#include "logprobs.h"
 #include "norm.h"
 #include "quantised.h"
 #include "sampling.h"
@@ -158,6 +160,10 @@ void footplate_decoder_layer(const DecoderLayer* layer, const LayerCache* cache,
 void footplate_sample(float* logits, int64_t stride, const sampling::Draw* draws,
                       int64_t* tokens, int num_rows, int vocab) {
   sampling::sample(logits, stride, draws, tokens, num_rows, vocab);
+}
+
+double footplate_log_sum_exp(const float* logits, int vocab) {
+  return logprobs::log_sum_exp(logits, vocab);
 }
 
 }  // extern "C"

@@ -11,9 +11,11 @@ small C structures made beforehand, so that a call passes few arguments.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import c_bool, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from footplate.backend.kernels.large_memory import zeroed
@@ -140,6 +142,7 @@ class Kernels:
         )
         self._decoder_layer = function("decoder_layer", *7 * [pointer], c_int)
         self._sample = function("sample", pointer, size, pointer, pointer, c_int, c_int)
+        self._log_sum_exp = function("log_sum_exp", pointer, c_int, result=c_double)
 
     def rms_norm(self, x: torch.Tensor, norm: "NormWeight") -> torch.Tensor:
         """Root mean square norm (Zhang and Sennrich 2019) over the last dimension.
@@ -283,6 +286,17 @@ class Kernels:
             *(num_rows, vocab),
         )
         return tokens
+
+    def log_sum_exp(self, row: npt.NDArray[np.float32]) -> float:
+        """The function of this name in `logits.logprobs`, which rounds differently in its last
+        bits.
+
+        Args:
+            row: [vocab], contiguous.
+        """
+        assert row.dtype == np.float32 and row.ndim == 1 and row.flags.c_contiguous
+        total: float = self._log_sum_exp(row.ctypes.data, len(row))
+        return total
 
 
 class PackedLinear:

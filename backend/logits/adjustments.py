@@ -100,7 +100,7 @@ class AdjustedRequest:
         if self._thinking is not None:
             self._end_thinking(self._thinking.forced, row, grammar)
         if grammar is not None:
-            np.copyto(row, -np.inf, where=~grammar)
+            _forbid_others(row, grammar)
 
     def _catch_up(self) -> None:
         """Take the tokens that have come since the row before."""
@@ -164,6 +164,15 @@ class AdjustedRequest:
             "the grammar": self.request.grammar is not None,
         }
         return ", ".join(name for name, is_there in changes.items() if is_there)
+
+
+def _forbid_others(row: FloatRow, allowed: BoolRow) -> None:
+    """-infinity for all tokens but some."""
+    # As arithmetic, ten times as fast as a choice per token, which no CPU foresees. `fmin` takes
+    # the bound, not a NaN: no bad logit outlives that its token is impossible.
+    bound = allowed - np.float32(0.5)
+    bound *= np.float32(np.inf)
+    np.fmin(row, bound, out=row)
 
 
 def _is_distribution(row: FloatRow) -> bool:

@@ -2,14 +2,18 @@
 
 Every row is worked on by itself: its numbers have the same bits in any batch. That is also the
 fastest way through rows as long as a vocabulary, each of which then stays in the cache.
+
+The sum over a row is most of the work. Where there are kernels one of them does it, and its last
+bits are others than numpy's: an engine takes one of the two for all rows.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from footplate.backend.logits.most_likely import most_likely
 from footplate.backend.step import ScoredRows
 from footplate.protocol.token_params import LogprobsMode
 
@@ -19,7 +23,7 @@ Ids = npt.NDArray[np.intp]
 RAW_MODES = (LogprobsMode.RAW_LOGPROBS, LogprobsMode.RAW_LOGITS)
 LOGIT_MODES = (LogprobsMode.RAW_LOGITS, LogprobsMode.PROCESSED_LOGITS)
 
-_GROUP_SIZE = 64
+Normaliser = Callable[[FloatRow], float]
 
 
 def score_rows(
@@ -29,6 +33,7 @@ def score_rows(
     num_most_likely: int,
     further_ids: Sequence[int],
     mode: LogprobsMode,
+    normalise: Normaliser,
 ) -> ScoredRows:
     """Score one token per row.
 
@@ -42,6 +47,7 @@ def score_rows(
         position: of the first of them.
         num_most_likely: -1 is the whole vocabulary, as is everything larger than it.
         mode: whether logits are returned, or logprobs.
+        normalise: `log_sum_exp`, or a kernel that does the same.
     """
     ranks: list[int] = []
     ids: list[Ids] = []
@@ -54,9 +60,14 @@ def score_rows(
         exists = own < len(row)
         chosen = row[np.where(exists, own, 0)]
         chosen[~exists] = -np.inf
-        ranks.append(1 + int(np.count_nonzero(row > chosen[0])))
+        # Whatever is more likely than one of the most likely is one of them too.
+        is_among = size and chosen[0] >= chosen[size]
+        rivals = chosen[1 : size + 1] if is_among else row
+        ranks.append(1 + int(np.count_nonzero(rivals > chosen[0])))
         ids.append(own)
-        scores.append(chosen if mode in LOGIT_MODES else log_softmax(chosen, row))
+        if mode not in LOGIT_MODES:
+            chosen = log_softmax(chosen, normalise(row))
+        scores.append(chosen)
     return ScoredRows(
         position,
         ranks,
@@ -65,45 +76,25 @@ def score_rows(
     )
 
 
-def log_softmax(logits: FloatRow, row: FloatRow) -> FloatRow:
-    """Logprobs of some logits of a row, each rounded once. A row without a possible token gives
-    -infinity, one with a NaN or +infinity NaN."""
-    largest = float(row.max())
-    if largest == -math.inf:
-        return logits
-    if not math.isfinite(largest):
-        return np.full_like(logits, np.nan)
-    exponentials = row - np.float32(largest)
-    np.exp(exponentials, out=exponentials)
-    total = largest + math.log(float(exponentials.sum()))
+def log_softmax(logits: FloatRow, total: float) -> FloatRow:
+    """Logprobs of some logits of a row, each rounded once.
+
+    Args:
+        total: the `log_sum_exp` of the row.
+    """
+    if total == -math.inf:
+        return logits  # no token is possible, these neither
     return (logits.astype(np.float64) - total).astype(np.float32)
 
 
-def most_likely(row: FloatRow, size: int) -> Ids:
-    """Ids of the largest numbers of a row, descending; the lower id first among equals."""
-    if not size:
-        return np.empty(0, np.intp)
-    if size == len(row):
-        return np.argsort(-row, kind="stable")
-    candidates = np.flatnonzero(row >= _bound_of_rank(row, size))
-    if len(candidates) < size:
-        # NaNs, which are equal to nothing, leave too few. Their order means nothing either.
-        return np.arange(size)
-    numbers = row[candidates]
-    place = len(numbers) - size
-    border = np.partition(numbers, place)[place]
-    above = np.flatnonzero(numbers > border)
-    above = above[np.argsort(-numbers[above], kind="stable")]
-    equal = np.flatnonzero(numbers == border)[: size - len(above)]
-    found: Ids = candidates[np.concatenate([above, equal])]
-    return found
-
-
-def _bound_of_rank(row: FloatRow, size: int) -> float:
-    """A number that at least `size` of a row reach, and few others: the best of many groups stand
-    for different tokens each. To look for it takes a tenth of what selecting from all takes."""
-    num_groups = len(row) // _GROUP_SIZE
-    if num_groups < 2 * size:
-        return -math.inf
-    best = row[: num_groups * _GROUP_SIZE].reshape(_GROUP_SIZE, num_groups).max(0)
-    return float(np.partition(best, num_groups - size)[num_groups - size])
+def log_sum_exp(row: FloatRow) -> float:
+    """The logarithm of the sum of e^logit. A row without a possible token gives -infinity, one with
+    a NaN or +infinity NaN."""
+    largest = float(row.max())
+    if largest == -math.inf:
+        return largest
+    if not math.isfinite(largest):
+        return math.nan
+    exponentials = row - np.float32(largest)
+    np.exp(exponentials, out=exponentials)
+    return largest + math.log(float(exponentials.sum()))

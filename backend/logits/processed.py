@@ -9,6 +9,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from footplate.backend.logits.most_likely import candidates
 from footplate.protocol.token_params import TokenParams
 
 FloatRow = npt.NDArray[np.float32]
@@ -48,19 +49,23 @@ def process_row(row: FloatRow, params: TokenParams, chosen: int | None) -> Float
     cutoff = find_cutoff(probs, params)
     if chosen is not None:
         cutoff = min(cutoff, probs[chosen])
-    row[probs < cutoff] = -np.inf
-    return row
+    kept = np.flatnonzero(probs >= cutoff)  # mostly few
+    processed = np.full_like(row, -np.inf)
+    processed[kept] = row[kept]
+    return processed
 
 
 def find_cutoff(probs: FloatRow, params: TokenParams) -> np.float32:
     """The smallest probability that is kept, by the definition in the runner's `cutoff`: min_p,
     then top_k of what is left, then top_p of the mass that is left then."""
+    kept = probs
     cutoff: np.float32 = np.float32(params.min_p) * probs.max()
     if 0 < params.top_k < len(probs):
-        place = len(probs) - params.top_k
-        cutoff = max(cutoff, np.partition(probs, place)[place])
+        kept = probs[candidates(probs, params.top_k)]
+        place = len(kept) - params.top_k
+        cutoff = max(cutoff, np.partition(kept, place)[place])
     if params.top_p < 1:
-        kept = probs[probs >= cutoff]
+        kept = kept[kept >= cutoff]
         total = int(_weigh(kept).sum())
         needed = math.ceil(params.top_p * float(total))
         # Were the border below this, all tokens below it together could not weigh what top_p

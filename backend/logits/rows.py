@@ -14,7 +14,7 @@ import numpy.typing as npt
 from footplate.backend.logits.adjustments import AdjustedRequest
 from footplate.backend.logits.errors import RowFailed
 from footplate.backend.logits.grammar_masks import GrammarMasks
-from footplate.backend.logits.logprobs import RAW_MODES, score_rows
+from footplate.backend.logits.logprobs import RAW_MODES, Normaliser, log_sum_exp, score_rows
 from footplate.backend.logits.processed import process_row
 from footplate.backend.logits.processor import LogitsProcessor
 from footplate.backend.logits.wanted import output_logprobs
@@ -53,10 +53,16 @@ class LogitRows:
 
     Args:
         processors: custom ones, as `LogitAdjustments.processors` numbers them.
+        normalise: see `score_rows`.
     """
 
-    def __init__(self, processors: Sequence[type[LogitsProcessor]] = ()) -> None:
+    def __init__(
+        self,
+        processors: Sequence[type[LogitsProcessor]] = (),
+        normalise: Normaliser = log_sum_exp,
+    ) -> None:
         self._processors = processors
+        self._normalise = normalise
         self._adjusted: dict[int, AdjustedRequest] = {}
         self._grammars = GrammarMasks()
 
@@ -159,7 +165,48 @@ class LogitRows:
             result.errors[index] = failure.error
             return
         if edited.scored is not None:
-            result.logprobs[index] = _score(edited.scored, request, token_id, forced is None)
+            result.logprobs[index] = self._score(
+                edited.scored, request, token_id, is_drawn=forced is None
+            )
+
+    def _score(
+        self, row: FloatRow, request: Request, token_id: int, *, is_drawn: bool
+    ) -> ScoredRows:
+        wanted = request.params.logprobs
+        assert wanted is not None
+        if wanted.mode not in RAW_MODES:
+            row = process_row(row, request.params, token_id if is_drawn else None)
+        return score_rows(
+            [row],
+            [token_id],
+            request.num_output_tokens,
+            wanted.num_logprobs or 0,
+            wanted.token_ids,
+            wanted.mode,
+            self._normalise,
+        )
+
+    def score_prompt(
+        self, rows: Iterable[FloatRow], request: Request, positions: range
+    ) -> ScoredRows:
+        """Score tokens of a prompt. They were not drawn, so whatever the mode, the numbers are
+        those of the model itself: logits where the mode gives logits, and logprobs otherwise.
+
+        Args:
+            rows: float32 [vocab] each, of the tokens before `positions`.
+            positions: as from `prompt_positions`.
+        """
+        wanted = request.params.logprobs
+        assert wanted is not None
+        return score_rows(
+            rows,
+            request.token_ids[positions.start : positions.stop],
+            positions.start,
+            wanted.num_prompt_logprobs or 0,
+            wanted.prompt_token_ids,
+            wanted.mode,
+            self._normalise,
+        )
 
 
 def _forced_token(request: Request) -> int | None:
@@ -167,38 +214,3 @@ def _forced_token(request: Request) -> int | None:
     forced = adjustments.forced_token_ids if adjustments is not None else None
     position = request.num_output_tokens
     return forced[position] if forced is not None and position < len(forced) else None
-
-
-def _score(row: FloatRow, request: Request, token_id: int, is_drawn: bool) -> ScoredRows:
-    wanted = request.params.logprobs
-    assert wanted is not None
-    if wanted.mode not in RAW_MODES:
-        row = process_row(row, request.params, token_id if is_drawn else None)
-    return score_rows(
-        [row],
-        [token_id],
-        request.num_output_tokens,
-        wanted.num_logprobs or 0,
-        wanted.token_ids,
-        wanted.mode,
-    )
-
-
-def score_prompt(rows: Iterable[FloatRow], request: Request, positions: range) -> ScoredRows:
-    """Score tokens of a prompt. They were not drawn, so whatever the mode, the numbers are those
-    of the model itself: logits where the mode gives logits, and logprobs otherwise.
-
-    Args:
-        rows: float32 [vocab] each, of the tokens before `positions`.
-        positions: as from `prompt_positions`.
-    """
-    wanted = request.params.logprobs
-    assert wanted is not None
-    return score_rows(
-        rows,
-        request.token_ids[positions.start : positions.stop],
-        positions.start,
-        wanted.num_prompt_logprobs or 0,
-        wanted.prompt_token_ids,
-        wanted.mode,
-    )

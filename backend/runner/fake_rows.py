@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from footplate.backend.logits.processor import LogitsProcessor
-from footplate.backend.logits.rows import LogitRows, score_prompt
+from footplate.backend.logits.rows import LogitRows
 from footplate.backend.request import Request
 from footplate.backend.runner.fake import digest_prefix, next_token
 from footplate.backend.step import ScoredRows, StepResult
@@ -77,7 +77,7 @@ class FakeRows:
         self._rows.settle(edited, index, result)
 
     def score_prompt(self, request: Request, positions: range) -> ScoredRows:
-        """See `score_prompt` of `rows`."""
+        """See `LogitRows.score_prompt`."""
         params = request.params
         digest = digest_prefix(request.token_ids[: positions.start - 1])
         rows = []
@@ -86,4 +86,4 @@ class FakeRows:
             # No position in the output: min_tokens is not for prompts.
             likeliest = next_token(digest, sys.maxsize, params, self._vocab_size, self._first_id)
             rows.append(pseudo_logits(digest, likeliest, params, self._vocab_size, self._first_id))
-        return score_prompt(rows, request, positions)
+        return self._rows.score_prompt(rows, request, positions)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from footplate.backend.logits.wanted import prompt_positions
 from footplate.backend.runner.batch import RaggedBatch
 from footplate.backend.runner.paged_model import PagedModel
-from footplate.backend.runner.sampler import Sampler, score_prompt_rows
+from footplate.backend.runner.sampler import Sampler
 from footplate.backend.runner.thread_governor import ThreadGovernor
 from footplate.backend.step import RunnerFacts, StepPlan, StepResult
 
@@ -51,7 +51,9 @@ class PagedRunner:
         for index, positions in scored.items():
             rows = logits[first : first + len(positions)]
             first += len(positions)
-            result.prompt_logprobs[index] = score_prompt_rows(rows, plan.requests[index], positions)
+            result.prompt_logprobs[index] = self._sampler.score_prompt(
+                rows, plan.requests[index], positions
+            )
         return result
 
 

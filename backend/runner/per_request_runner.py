@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from footplate.backend.logits.wanted import prompt_positions
-from footplate.backend.runner.sampler import Sampler, score_prompt_rows
+from footplate.backend.runner.sampler import Sampler
 from footplate.backend.step import RunnerFacts, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,9 @@ class PerRequestRunner:
             logits, cache = self._model.forward(request.token_ids[start:end], cache, num_rows)
             self._states[request.key] = (end, cache)
             if scored:
-                prompt_logprobs[index] = score_prompt_rows(logits[: len(scored)], request, scored)
+                prompt_logprobs[index] = self._sampler.score_prompt(
+                    logits[: len(scored)], request, scored
+                )
             if is_last:
                 rows.append(logits[-1])
         result = self._sampler.sample(torch.stack(rows), requests) if rows else StepResult()

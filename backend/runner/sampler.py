@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from footplate.backend.kernels.ops import Kernels
+from footplate.backend.logits.logprobs import log_sum_exp
 from footplate.backend.logits.processed import effective_temperature
 from footplate.backend.logits.processor import LogitsProcessor
-from footplate.backend.logits.rows import NO_DISTRIBUTION, LogitRows, score_prompt
+from footplate.backend.logits.rows import NO_DISTRIBUTION, LogitRows
 from footplate.backend.logits.wanted import is_special
 from footplate.backend.request import Request
 from footplate.backend.runner.noise import uniform
@@ -44,7 +45,7 @@ class Sampler:
         self, kernels: Kernels | None = None, processors: Sequence[type[LogitsProcessor]] = ()
     ) -> None:
         self._kernels = kernels
-        self._rows = LogitRows(processors)
+        self._rows = LogitRows(processors, kernels.log_sum_exp if kernels else log_sum_exp)
 
     def prepare(self, requests: Sequence[Request], vocab_size: int) -> None:
         """Begin what can be done beside the forward pass: call it before that, with the requests
@@ -97,6 +98,14 @@ class Sampler:
             self._rows.settle(edits, row, result)
         return _with_errors(result)
 
+    def score_prompt(self, logits: torch.Tensor, request: Request, positions: range) -> ScoredRows:
+        """Score prompt tokens, see `LogitRows.score_prompt`.
+
+        Args:
+            logits: float [len(positions), vocab], on any device.
+        """
+        return self._rows.score_prompt(logits.float().cpu().numpy(), request, positions)
+
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """One token per row of float32 logits; -1 where a row is no distribution."""
         draws = torch.tensor([_draw_of(request) for request in requests], dtype=torch.float64)
@@ -104,15 +113,6 @@ class Sampler:
             tokens: list[int] = self._kernels.sample(logits, draws).tolist()
             return tokens
         return sample_with_torch(logits, draws)
-
-
-def score_prompt_rows(logits: torch.Tensor, request: Request, positions: range) -> ScoredRows:
-    """Score prompt tokens, see `score_prompt`.
-
-    Args:
-        logits: float [len(positions), vocab], on any device.
-    """
-    return score_prompt(logits.float().cpu().numpy(), request, positions)
 
 
 def _with_errors(result: StepResult) -> StepResult:

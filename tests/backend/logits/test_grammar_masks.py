@@ -193,3 +193,13 @@ def test_limits_of_a_matcher_are_an_error_wherever_it_meets_them() -> None:
         grammar = grammar_of(*ABC)
         grammar.start = lambda kind=matcher, own=grammar: kind(own)  # type: ignore[method-assign,misc]
         assert failures(make_request(grammar=grammar)) == [(ErrorKind.GRAMMAR, "too many items")]
+
+
+def test_what_a_grammar_forbids_cannot_be_chosen_whatever_its_logit_is() -> None:
+    logits = [math.nan, 1.0, math.inf, -0.0, -math.inf]
+    grammar = SetGrammar({1, 3, 4}, vocab_size=5)
+    row, result = run(LogitRows(), make_request(grammar=grammar), logits)
+    assert result.token_ids == [1] and not result.errors
+    assert row.tobytes() == np.array([-math.inf, 1.0, -math.inf, -0.0, -math.inf], "f4").tobytes()
+    bad = SetGrammar({0, 1}, vocab_size=5)
+    assert run(LogitRows(), make_request(grammar=bad), logits)[1].errors[0].kind is ErrorKind.LOGITS

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from footplate.backend.logits.logprobs import log_softmax, most_likely, score_rows
-from footplate.backend.logits.rows import LogitRows, score_prompt
+from footplate.backend.logits.logprobs import log_softmax, log_sum_exp, score_rows
+from footplate.backend.logits.most_likely import most_likely
+from footplate.backend.logits.rows import LogitRows
 from footplate.backend.request import Request
 from footplate.backend.step import ScoredRows
 from footplate.protocol.token_params import LogprobsMode, LogprobsRequest
@@ -40,7 +41,7 @@ def score(
     mode: LogprobsMode = RAW,
 ) -> tuple[int, list[int], list[float]]:
     rows = [np.array(row, np.float32)]
-    [scored] = unpack(score_rows(rows, [token_id], 0, num_most_likely, further, mode))
+    [scored] = unpack(score_rows(rows, [token_id], 0, num_most_likely, further, mode, log_sum_exp))
     return scored
 
 
@@ -101,7 +102,7 @@ def test_a_row_that_is_no_distribution_has_no_logprobs_and_no_crash(bad: float) 
 
 def test_the_wire_has_little_endian_words_of_32_bits() -> None:
     rows = [np.array(LOGITS, np.float32)]
-    scored = score_rows(rows, [2], 7, 1, (258,), LogprobsMode.RAW_LOGITS)
+    scored = score_rows(rows, [2], 7, 1, (258,), LogprobsMode.RAW_LOGITS, log_sum_exp)
     assert scored.position == 7
     assert scored.token_ids == b"\2\0\0\0\2\0\0\0\2\1\0\0"
     assert scored.logprobs == b"\0\0\x40\x40" * 2 + b"\0\0\x80\xff"
@@ -138,11 +139,21 @@ def test_a_large_row_is_as_accurate(vocab: int) -> None:
     row = (np.random.default_rng(vocab).normal(size=vocab) * 4).astype(np.float32)
     wide = row.astype(np.float64)
     expected = wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
-    np.testing.assert_allclose(log_softmax(row, row), expected, atol=2e-6)
+    np.testing.assert_allclose(log_softmax(row, log_sum_exp(row)), expected, atol=2e-6)
     assert most_likely(row, 20).tolist() == np.argsort(-wide, kind="stable")[:20].tolist()
 
 
-@pytest.mark.parametrize("kind", ["ties", "few possible", "one possible", "sorted", "equal"])
+def test_ranks_are_the_same_whoever_is_told_of_beside_the_token() -> None:
+    row = np.round(np.random.default_rng(5).normal(size=5003) * 3).astype(np.float32)
+    for token_id in (int(row.argmax()), int(row.argmin()), *range(0, 5003, 97)):
+        rank = 1 + int((row > row[token_id]).sum())
+        for count in (0, 1, 5, 20, 5003):
+            assert score(row.tolist(), token_id, count)[0] == rank, (token_id, count)
+
+
+@pytest.mark.parametrize(
+    "kind", ["left over", "ties", "few possible", "one possible", "sorted", "equal"]
+)
 def test_the_most_likely_of_a_large_row_are_found_whatever_it_is_like(kind: str) -> None:
     row = np.random.default_rng(3).normal(size=5003).astype(np.float32)
     match kind:
@@ -154,9 +165,12 @@ def test_the_most_likely_of_a_large_row_are_found_whatever_it_is_like(kind: str)
             row[np.arange(5003) != 4999] = NOT
         case "sorted":
             row.sort()
+        case "left over":
+            row[-11:] = np.arange(11) + 100
         case "equal":
             row[:] = 1.0
     order = np.argsort(-row, kind="stable")
+    # 78 groups are enough for 39; 11 numbers are in none.
     for size in (0, 1, 2, 20, 39, 40, 500, 5002, 5003):
         assert most_likely(row, size).tolist() == order[:size].tolist(), size
 
@@ -168,7 +182,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_at_any_place_in_memory(vocab: 
     tokens = rng.integers(vocab, size=12).tolist()
 
     def score_all(some: Any, which: list[int]) -> list[Any]:
-        scored = score_rows(some, [tokens[i] for i in which], 0, 5, (0,), RAW)
+        scored = score_rows(some, [tokens[i] for i in which], 0, 5, (0,), RAW, log_sum_exp)
         width = len(scored.logprobs) // len(which)
         return [
             (
@@ -281,7 +295,7 @@ def test_prompts_are_scored_by_the_models_own_numbers(mode: LogprobsMode) -> Non
     params = make_params(logprobs=own, temperature=0.5, top_k=1, logit_bias={0: 50.0})
     request = make_request([3, 1, 2, 0], params=params)
     rows: list[FloatRow] = [np.array(LOGITS, np.float32), np.array(LOGITS[::-1], np.float32)]
-    scored = score_prompt(rows, request, range(1, 3))
+    scored = LogitRows().score_prompt(rows, request, range(1, 3))
     first, second = unpack(scored)
     assert (scored.position, first[:2], second[:2]) == (1, (5, [1, 2, 4]), (1, [2, 1, 4]))
     is_logit = mode in (LogprobsMode.RAW_LOGITS, LogprobsMode.PROCESSED_LOGITS)
