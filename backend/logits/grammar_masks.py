@@ -24,8 +24,8 @@ class _Match:
     matcher: Matcher
     num_taken: int = 0
     last_taken: int = -1
-    # As long as it is not done, the worker has the matcher.
-    mask: "Future[Mask] | None" = None
+    # As long as it is not done, the worker has the matcher. None: the output is complete.
+    mask: "Future[Mask | None] | None" = None
     mask_position: int = -1  # in the output
 
 
@@ -77,8 +77,9 @@ class GrammarMasks:
         if match.mask is not None:
             match.mask.exception()
 
-    def allowed(self, request: Request, vocab_size: int) -> npt.NDArray[np.bool_]:
-        """Which tokens may come next, bool [vocab_size].
+    def allowed(self, request: Request, vocab_size: int) -> npt.NDArray[np.bool_] | None:
+        """Which tokens may come next, bool [vocab_size]; None where the output is complete, and
+        the grammar allows nothing behind it.
 
         Raises:
             RowFailed: the output has left its grammar, the grammar's limits are exceeded, or it
@@ -91,6 +92,8 @@ class GrammarMasks:
             mask = future.result()
         except GrammarError as error:
             raise self._fail(request, error) from error
+        if mask is None:
+            return None
         allowed = np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little")
         if not allowed.any():
             raise RowFailed(ErrorKind.GRAMMAR, "the grammar allows no further token")
@@ -121,13 +124,15 @@ class GrammarMasks:
         self._matches.pop(key, None)
 
 
-def _make_mask(match: _Match, vocab_size: int) -> Mask:
+def _make_mask(match: _Match, vocab_size: int) -> Mask | None:
     request = match.request
     missing = request.token_ids[request.num_prompt_tokens + match.num_taken :]
     if missing:
-        match.matcher.advance(missing)
+        is_complete = match.matcher.advance(missing)
         match.num_taken += len(missing)
         match.last_taken = missing[-1]
+        if is_complete:
+            return None
     # Bits behind the vocabulary are nobody's, whatever the matcher writes there.
     mask = np.zeros((vocab_size + 31) // 32, np.int32)
     match.matcher.fill_mask(mask)
