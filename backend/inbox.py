@@ -17,6 +17,7 @@ import zmq
 from footplate.backend.engine_core import ClientId
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
+    MAX_FRAMES,
     BadFrameError,
     Encoder,
     client_message_decoder,
@@ -169,20 +170,26 @@ class Inbox:
             except zmq.Again:
                 break
             try:
-                message = self._decoder.decode(frames[0] if len(frames) == 1 else b"")
+                if len(frames) > MAX_FRAMES:
+                    raise BadFrameError(f"{len(frames)} frames, the limit is {MAX_FRAMES}")
+                messages = [self._decoder.decode(frame) for frame in frames]
             except BadFrameError as error:
                 self._count_bad_message(str(error))
                 continue
-            if isinstance(message, Hello):
-                batch += self._greet(client, message)
-            elif isinstance(message, Goodbye):
-                batch += self._forget(client)  # it may be gone already: its PULL closed first
-            elif client not in self._clients:
-                self._count_bad_message("a message from a client that has not said hello")
-            else:
-                batch.append((client, message))
+            for message in messages:
+                batch += self._sort(client, message)
         if batch:
             self._batches.put(batch)
+
+    def _sort(self, client: ClientId, message: ClientMessage) -> list[InboxEvent]:
+        if isinstance(message, Hello):
+            return self._greet(client, message)
+        if isinstance(message, Goodbye):
+            return self._forget(client)  # it may be gone already: its PULL closed first
+        if client not in self._clients:
+            self._count_bad_message("a message from a client that has not said hello")
+            return []
+        return [(client, message)]
 
     def _count_bad_message(self, why: str) -> None:
         self.num_bad_messages += 1

@@ -56,6 +56,8 @@ class Announcements:
     def announce(self, message: Message) -> None:
         self.said.append(message)
 
+    def wake(self) -> None: ...
+
 
 def test_the_core_tells_and_keeps_what_requests_may_ask_for() -> None:
     inbox = Announcements()
