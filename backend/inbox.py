@@ -17,6 +17,7 @@ import zmq
 from footplate.backend.engine_core import ClientId
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
+    MAX_FRAMES,
     BadFrameError,
     Encoder,
     client_message_decoder,
@@ -177,24 +178,30 @@ class Inbox:
                 client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            frame = frames[0] if len(frames) == 1 else b""
-            try:
-                message = self._decoder.decode(frame)
-            except BadFrameError as error:
-                self._count_bad_message(str(error))
-                if client in self._clients and (handle := handle_of(frame)) is not None:
-                    batch.append((client, Unreadable(handle, str(error))))
+            if len(frames) > MAX_FRAMES:
+                self._count_bad_message(f"{len(frames)} frames, the limit is {MAX_FRAMES}")
                 continue
-            if isinstance(message, Hello):
-                batch += self._greet(client, message)
-            elif isinstance(message, Goodbye):
-                batch += self._forget(client)  # it may be gone already: its PULL closed first
-            elif client not in self._clients:
-                self._count_bad_message("a message from a client that has not said hello")
-            else:
-                batch.append((client, message))
+            for frame in frames:
+                batch += self._read(client, frame)
         if batch:
             self._batches.put(batch)
+
+    def _read(self, client: ClientId, frame: bytes) -> list[InboxEvent]:
+        try:
+            message = self._decoder.decode(frame)
+        except BadFrameError as error:
+            self._count_bad_message(str(error))
+            if client in self._clients and (handle := handle_of(frame)) is not None:
+                return [(client, Unreadable(handle, str(error)))]
+            return []
+        if isinstance(message, Hello):
+            return self._greet(client, message)
+        if isinstance(message, Goodbye):
+            return self._forget(client)  # it may be gone already: its PULL closed first
+        if client not in self._clients:
+            self._count_bad_message("a message from a client that has not said hello")
+            return []
+        return [(client, message)]
 
     def _count_bad_message(self, why: str) -> None:
         self.num_bad_messages += 1

@@ -329,22 +329,26 @@ class Scheduler:
     # ---- after a step
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
-        """Apply what the runner computed for `plan`; return who finished with a token.
+        """Apply what the runner computed for `plan`; return who finished.
 
         They have left the scheduler and carry their `finish_reason`; so have those of
-        `result.errors`, which got none.
+        `result.errors`, which are not among them.
         """
         for row in result.errors:
             # Before its blocks get names: what it computed last may be what is wrong.
             self.finish(plan.requests[plan.sampling[row]], FinishReason.ERROR)
         self._count_computed(plan, result)
+        finished = []
+        for row in result.already_complete:
+            request = plan.requests[plan.sampling[row]]
+            self.finish(request, FinishReason.STOP)
+            finished.append(request)
         pairs = produced(plan, result)
         if self._num_held:
             self._release_siblings(pairs)
         if self._waiting.is_shared:
             for request, _ in pairs:
                 self._waiting.serve(request.client, 1)
-        finished = []
         for request, token_id in pairs:
             token_ids = request.token_ids
             token_ids.append(token_id)

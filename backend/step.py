@@ -61,6 +61,9 @@ class StepResult:
             nothing.
         complete: indices into `plan.sampling` of requests whose grammar allows nothing more behind
             this token.
+        already_complete: indices into `plan.sampling` of requests whose grammar allows nothing
+            more behind the output that they came with: they end without a token, and the one in
+            `token_ids` means nothing.
         logprobs: of sampled tokens, by index into `plan.sampling`.
         prompt_logprobs: of prompt tokens, by index into `plan.requests`.
     """
@@ -68,6 +71,7 @@ class StepResult:
     token_ids: list[int] = field(default_factory=list)
     errors: dict[int, RowError] = field(default_factory=dict)
     complete: set[int] = field(default_factory=set)
+    already_complete: set[int] = field(default_factory=set)
     logprobs: dict[int, ScoredRows] = field(default_factory=dict)
     prompt_logprobs: dict[int, ScoredRows] = field(default_factory=dict)
 
@@ -76,8 +80,9 @@ def produced(plan: StepPlan, result: StepResult) -> list[tuple[Request, int]]:
     """Who got a token, and which, in the order of `plan.sampling`."""
     requests = plan.requests
     pairs = list(zip([requests[index] for index in plan.sampling], result.token_ids, strict=True))
-    if result.errors:
-        pairs = [pair for row, pair in enumerate(pairs) if row not in result.errors]
+    if result.errors or result.already_complete:
+        without = result.errors.keys() | result.already_complete
+        pairs = [pair for row, pair in enumerate(pairs) if row not in without]
     return pairs
 
 

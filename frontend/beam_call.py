@@ -92,7 +92,9 @@ class BeamCall:
                     self._schedule.priority,
                     self._cache_salt,
                     prior_token_ids=prior_token_ids,
-                )
+                ),
+                # One by one, the first would have a step of the engine for itself.
+                gather=True,
             )
         except BaseException:
             self._client.discard(stream)

@@ -29,7 +29,9 @@ class NextTokens(NamedTuple):
         token_ids: at least `BeamSearch.num_candidates` of the most likely ones, or all that there
             are.
         logprobs: theirs. -inf is no candidate.
-        is_complete: the beam is an output as it stands, and nothing may follow.
+        is_complete: the beam is an output as it stands, and nothing may follow. That counts as
+            the end-of-sequence token would that a mask of transformers leaves there, with a
+            probability of 1 and in the length.
     """
 
     token_ids: Sequence[int] = ()
@@ -181,7 +183,7 @@ class BeamSearch:
         return BeamOutput(
             token_ids,
             logprob,
-            beam_score(logprob, len(token_ids), self._length_penalty),
+            beam_score(logprob, self._num_tokens, self._length_penalty),
             FinishReason.STOP if has_eos or token_id == _END else FinishReason.LENGTH,
             has_eos,
         )
@@ -209,13 +211,12 @@ def beam_score(cumulative_logprob: float, num_tokens: int, length_penalty: float
     """What outputs are compared by: their sum of log probabilities by a power of their length.
 
     Args:
-        num_tokens: of the output alone, with its end-of-sequence token.
+        num_tokens: of the output alone, with its end: an end-of-sequence token, or that of its
+            grammar. At least 1.
 
     Returns:
-        In float32, as transformers' `sequences_scores`. Of an empty output 0, which is the best.
+        In float32, as transformers' `sequences_scores`.
     """
-    if not num_tokens:
-        return 0.0
     return _float32(cumulative_logprob / _float32(float(num_tokens) ** length_penalty))
 
 

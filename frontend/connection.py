@@ -17,6 +17,7 @@ import zmq
 
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
+    MAX_FRAMES,
     BadFrameError,
     Encoder,
     core_message_decoder,
@@ -70,7 +71,8 @@ class Connection:
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._refusal: EngineStartError | None = None
         self._lost = False
-        self._unsent: deque[bytes] = deque()
+        self._unsent: deque[list[bytes]] = deque()
+        self._gathered: list[bytes] = []
         self._room: asyncio.Future[None] | None = None
         client_id = new_client_id()
         endpoint = output_endpoint(address, client_id)
@@ -148,6 +150,7 @@ class Connection:
             with suppress(zmq.ZMQError):
                 self._dealer.set(zmq.LINGER, 100)  # ms; Goodbye may still be on its way
                 self._dealer.send(self._encode(Goodbye()), zmq.NOBLOCK)
+        self._gathered.clear()
         self._unsent.clear()
         self._tell_room()
         self._welcome.cancel()
@@ -155,13 +158,32 @@ class Connection:
 
     # ---- sending
 
-    def send(self, message: Message) -> None:
-        """Queue one message; never blocks. Raises MessageTooLargeError."""
+    def send(self, message: Message, *, gather: bool = False) -> None:
+        """Queue one message; never blocks. Raises MessageTooLargeError.
+
+        Args:
+            gather: wait for others that are sent so in this turn of the event loop. The core takes
+                all of them, or none, between two of its steps.
+        """
         frame = self._encode(message)
-        if self._unsent or not self._try_send(frame):
+        if gather:
+            if not self._gathered:
+                self._loop.call_soon(self._send_gathered)
+            self._gathered.append(frame)
+        else:
+            self._send_gathered()  # an abort must not overtake its request
+            self._send([frame])
+
+    def _send_gathered(self) -> None:
+        frames, self._gathered = self._gathered, []
+        for first in range(0, len(frames), MAX_FRAMES):
+            self._send(frames[first : first + MAX_FRAMES])
+
+    def _send(self, frames: list[bytes]) -> None:
+        if self._unsent or not self._try_send(frames):
             if not self._unsent:
                 self._loop.call_later(UNSENT_RETRY_S, self._send_unsent)
-            self._unsent.append(frame)
+            self._unsent.append(frames)
 
     async def has_room(self) -> None:
         """Wait until the core has taken what `send` could not get rid of."""
@@ -170,9 +192,9 @@ class Connection:
                 self._room = self._loop.create_future()
             await asyncio.shield(self._room)
 
-    def _try_send(self, frame: bytes) -> bool:
+    def _try_send(self, frames: list[bytes]) -> bool:
         try:
-            self._dealer.send(frame, zmq.NOBLOCK)
+            self._dealer.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return False
         # A send may swallow the edge by which the file descriptor reports an arrival.

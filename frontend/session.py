@@ -232,8 +232,11 @@ class Session:
 
     # ---- what goes to the core
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message, *, gather: bool = False) -> None:
         """Queue one message; never blocks.
+
+        Args:
+            gather: see `Connection.send`.
 
         Raises:
             EngineError: the engine is not serving.
@@ -241,7 +244,7 @@ class Session:
         """
         self.require_serving()
         assert self._connection is not None
-        self._connection.send(message)
+        self._connection.send(message, gather=gather)
 
     async def has_room(self) -> None:
         """Wait until the core has taken what `send` could not get rid of."""

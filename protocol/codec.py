@@ -12,6 +12,7 @@ M = TypeVar("M")
 # A prompt of four million tokens. Senders check against it and raise; the receiving sockets'
 # MAXMSGSIZE is twice this, because an oversized frame costs the peer its connection.
 MAX_FRAME_BYTES = 16 * 2**20
+MAX_FRAMES = 256  # of one ZeroMQ message
 
 
 class BadFrameError(Exception):

@@ -9,6 +9,8 @@ ControlReply and EngineFailed come from the core's PUSH to the client's PULL.
 One ZeroMQ frame carries one msgpack array: the tag, then the fields in order. Fields are only
 ever appended, with a default: an older peer ignores what it does not know, a newer one fills
 in what is missing. A client is named by its socket's routing id, so no message repeats it.
+Messages of a client that belong together may be frames of one ZeroMQ message, which arrives as a
+whole: so the requests of one step of a beam search run in one step of the engine.
 """
 
 from enum import IntEnum

@@ -6,14 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from footplate.backend.logits.errors import RowFailed
+from footplate.backend.logits.token_set import Mask, TokenSet, TokenSets
 from footplate.backend.request import Request
 from footplate.backend.structured.interface import GrammarError, Matcher
 from footplate.protocol.messages import ErrorKind
-
-Mask = npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -24,9 +22,11 @@ class _Match:
     matcher: Matcher
     num_taken: int = 0
     last_taken: int = -1
-    # As long as it is not done, the worker has the matcher.
-    mask: "Future[Mask] | None" = None
-    mask_position: int = -1  # in the output
+    # As long as it is there and not done, the worker has the matcher.
+    job: "Future[None] | None" = None
+    position: int = -1  # in the output, that `allowed` is for
+    allowed: TokenSet | None = None  # None: the output is complete
+    error: GrammarError | None = None
 
 
 class GrammarMasks:
@@ -41,20 +41,27 @@ class GrammarMasks:
         # Filling a mask releases the GIL, so one thread does it beside the forward pass. More of
         # them would take cores from that.
         self._worker: ThreadPoolExecutor | None = None
+        self._sets = TokenSets()  # the worker's
 
     def __len__(self) -> int:
         return len(self._matches)
 
     def prepare(self, requests: Iterable[Request], vocab_size: int) -> None:
         """Begin to make the masks of the next tokens of these requests."""
+        due = []
         for request in requests:
             match = self._match_of(request)
             position = request.num_output_tokens
-            if match.mask is None or match.mask_position != position:
-                if self._worker is None:
-                    self._worker = ThreadPoolExecutor(1, "grammar masks")
-                match.mask = self._worker.submit(_make_mask, match, vocab_size)
-                match.mask_position = position
+            if match.position != position:
+                match.position = position
+                due.append(match)
+        if due:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, "grammar masks")
+            # One job for all: handing over one for each costs as much as their masks.
+            job = self._worker.submit(self._find_allowed, due, vocab_size)
+            for match in due:
+                match.job = job
 
     def _match_of(self, request: Request) -> _Match:
         grammar = request.grammar
@@ -74,27 +81,24 @@ class GrammarMasks:
 
     def _wait_for(self, match: _Match) -> None:
         """Have the matcher back from the worker, which may hold it when a step has failed."""
-        if match.mask is not None:
-            match.mask.exception()
+        if match.job is not None:
+            match.job.result()
+            match.job = None
 
-    def allowed(self, request: Request, vocab_size: int) -> npt.NDArray[np.bool_]:
-        """Which tokens may come next, bool [vocab_size].
+    def allowed(self, request: Request, vocab_size: int) -> TokenSet | None:
+        """Which tokens may come next; None where the output is complete, and the grammar allows
+        nothing behind it.
 
         Raises:
             RowFailed: the output has left its grammar, the grammar's limits are exceeded, or it
                 allows no token at all.
         """
         self.prepare([request], vocab_size)
-        future = self._matches[request.key].mask
-        assert future is not None
-        try:
-            mask = future.result()
-        except GrammarError as error:
-            raise self._fail(request, error) from error
-        allowed = np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little")
-        if not allowed.any():
-            raise RowFailed(ErrorKind.GRAMMAR, "the grammar allows no further token")
-        return allowed.view(np.bool_)
+        match = self._matches[request.key]
+        self._wait_for(match)
+        if match.error is not None:
+            raise self._fail(request, match.error) from match.error
+        return match.allowed
 
     def advance(self, request: Request, token_id: int) -> bool:
         """Take the token that was chosen; whether the grammar allows nothing more behind it.
@@ -120,15 +124,31 @@ class GrammarMasks:
         """Drop what is held for a request, if anything is."""
         self._matches.pop(key, None)
 
+    # ---- the worker
 
-def _make_mask(match: _Match, vocab_size: int) -> Mask:
+    def _find_allowed(self, matches: list[_Match], vocab_size: int) -> None:
+        for match in matches:
+            match.allowed = match.error = None
+            try:
+                mask = _make_mask(match, vocab_size)
+                if mask is not None:
+                    match.allowed = self._sets.of(mask, vocab_size)
+                    if not match.allowed.num_tokens:
+                        match.error = GrammarError("the grammar allows no further token")
+            except GrammarError as error:
+                match.error = error
+
+
+def _make_mask(match: _Match, vocab_size: int) -> Mask | None:
+    """The mask of the next token; None where there is none, because the output is complete."""
     request = match.request
     missing = request.token_ids[request.num_prompt_tokens + match.num_taken :]
     if missing:
-        match.matcher.advance(missing)
+        is_complete = match.matcher.advance(missing)
         match.num_taken += len(missing)
         match.last_taken = missing[-1]
-    # Bits behind the vocabulary are nobody's, whatever the matcher writes there.
+        if is_complete:
+            return None
     mask = np.zeros((vocab_size + 31) // 32, np.int32)
     match.matcher.fill_mask(mask)
     return mask

@@ -116,10 +116,10 @@ class Sampler:
 
 
 def _with_errors(result: StepResult) -> StepResult:
-    """Rows that are no distribution, and have no error that says more."""
+    """Rows that are no distribution though a token is wanted, and have no error that says more."""
     if min(result.token_ids) < 0:
         for index, token_id in enumerate(result.token_ids):
-            if token_id < 0:
+            if token_id < 0 and index not in result.already_complete:
                 result.errors.setdefault(index, NO_DISTRIBUTION)
     return result
 

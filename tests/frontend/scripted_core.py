@@ -36,7 +36,11 @@ WELCOME = Welcome(
 
 
 class ScriptedCore:
-    """Binds a ROUTER; after `accept` it has a PUSH to the one client it talks to."""
+    """Binds a ROUTER; after `accept` it has a PUSH to the one client it talks to.
+
+    Attributes:
+        num_frames: of each ZeroMQ message that was heard; every frame is a message of ours.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -45,6 +49,8 @@ class ScriptedCore:
         self._encode = Encoder().encode
         self._decode = client_message_decoder().decode
         self._client = b""
+        self._frames: list[bytes] = []
+        self.num_frames: list[int] = []
         self._router = self._context.socket(zmq.ROUTER)
         self._push = self._context.socket(zmq.PUSH)
         self._router.bind(address)
@@ -67,9 +73,11 @@ class ScriptedCore:
 
     async def hear(self) -> ClientMessage:
         """The client's next message."""
-        async with asyncio.timeout(PATIENCE_S):
-            self._client, frame = await self._router.recv_multipart()
-        return self._decode(frame)
+        if not self._frames:
+            async with asyncio.timeout(PATIENCE_S):
+                self._client, *self._frames = await self._router.recv_multipart()
+            self.num_frames.append(len(self._frames))
+        return self._decode(self._frames.pop(0))
 
     async def hear_hello(self) -> Hello:
         self.hello = await self.hear()  # type: ignore[assignment]

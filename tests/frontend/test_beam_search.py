@@ -205,8 +205,9 @@ def test_a_complete_beam_is_an_output_without_a_token_more() -> None:
     assert not search.beams
     for output in search.outputs:
         assert (output.finish_reason, output.has_eos) == (FinishReason.STOP, False)
-    assert search.outputs[0].score == pytest.approx(log(0.7))
-    assert search.outputs[1].score == pytest.approx(log(0.3) / 2)
+    # The end counts as a token.
+    assert search.outputs[0].score == pytest.approx(log(0.7) / 2)
+    assert search.outputs[1].score == pytest.approx(log(0.3) / 3)
 
 
 def test_a_complete_beam_competes_with_the_next_tokens_of_others() -> None:

@@ -115,6 +115,7 @@ async def test_a_search_is_served_beam_by_beam(engine: AsyncLLMEngine, core: Scr
     assert [request.prior_token_ids for request in asked] == [[], [A], [B]]
     assert {tuple(request.prompt_token_ids) for request in asked} == {tuple(PROMPT)}
     assert len({request.handle for request in asked}) == 3
+    assert core.num_frames[-2:] == [1, 2], "the beams of a step arrive one by one"
 
 
 async def test_a_request_that_stops_without_a_token_is_a_complete_beam(
@@ -125,8 +126,8 @@ async def test_a_request_that_stops_without_a_token_is_a_complete_beam(
     [output] = await search(engine, params)
     serving.cancel()
     assert [(c.token_ids, c.finish_reason) for c in output.outputs] == [
+        ([B, B], "stop"),  # 0.36 to the third root: its end counts as a token
         ([A, A, A], "length"),
-        ([B, B], "stop"),
     ]
 
 

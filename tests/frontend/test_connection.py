@@ -12,7 +12,7 @@ import pytest
 
 from footplate.frontend import connection as connection_module
 from footplate.frontend.connection import MAX_MESSAGES_PER_TURN, Connection
-from footplate.protocol.codec import MAX_FRAME_BYTES
+from footplate.protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES
 from footplate.protocol.errors import (
     EngineStartError,
     MessageTooLargeError,
@@ -272,6 +272,37 @@ async def test_messages_are_heard_in_the_order_in_which_they_were_sent(address: 
         for call in range(100):
             connection.send(GetStats(call))
         assert [await core.hear() for _ in range(100)] == [GetStats(call) for call in range(100)]
+
+
+async def test_messages_that_are_gathered_arrive_together_and_before_what_is_said_later(
+    address: str,
+) -> None:
+    async with linked(address, Ear()) as (core, connection):
+        for call in range(3):
+            connection.send(GetStats(call), gather=True)
+        await asyncio.sleep(0)  # the turn is over
+        for call in range(3, 5):
+            connection.send(GetStats(call), gather=True)
+        connection.send(GetStats(5))
+        assert [await core.hear() for _ in range(6)] == [GetStats(call) for call in range(6)]
+        assert core.num_frames == [1, 3, 2, 1]  # the first was Hello
+
+
+async def test_more_than_a_message_takes_are_gathered_into_several(address: str) -> None:
+    async with linked(address, Ear()) as (core, connection):
+        for call in range(MAX_FRAMES + 1):
+            connection.send(GetStats(call), gather=True)
+        heard = [await core.hear() for _ in range(MAX_FRAMES + 1)]
+        assert heard == [GetStats(call) for call in range(MAX_FRAMES + 1)]
+        assert core.num_frames == [1, MAX_FRAMES, 1]
+
+
+async def test_closing_forgets_what_was_gathered(address: str) -> None:
+    async with linked(address, Ear()) as (core, connection):
+        connection.send(GetStats(1), gather=True)
+        connection.close()
+        await asyncio.sleep(0)
+        assert await core.hear() == Goodbye()
 
 
 async def test_an_oversized_message_is_refused_here_and_costs_nobody_the_connection(

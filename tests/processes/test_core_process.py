@@ -20,7 +20,7 @@ import zmq
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, SamplingParams, core_process
 from footplate.frontend.core_process import CoreProcess
-from footplate.protocol.codec import Encoder, core_message_decoder
+from footplate.protocol.codec import MAX_FRAMES, Encoder, core_message_decoder
 from footplate.protocol.config import RequestConfig
 from footplate.protocol.errors import (
     EngineDeadError,
@@ -506,6 +506,7 @@ def test_garbage_is_counted_and_harms_nobody(start_core: StartCore) -> None:
         (b"\x92\xa5abort",),
         (b"", b""),
         (Encoder().encode(GetStats(1)), b"and a second frame"),
+        (Encoder().encode(GetStats(1)),) * (MAX_FRAMES + 1),
         (os.urandom(1000),),
     ]
     with raw_client(core.address) as bystander, raw_client(core.address) as stranger:
@@ -575,6 +576,18 @@ def test_a_deadline_beyond_all_clocks_does_not_end_a_core_that_sleeps(
                 output = client.hear_output()
             [end] = output.finished
             assert end.handle == handle and end.reason is not FinishReason.ERROR, end
+
+
+def test_requests_in_one_message_begin_in_one_step(start_core: StartCore) -> None:
+    core = start_core()
+    params = TokenParams(1.0, 1.0, 0, 0.0, 0, 1, 0, ())
+    with raw_client(core.address) as client:
+        client.join()
+        for number in range(20):
+            client.say(*(AddRequest(8 * number + i, PROMPT, params) for i in range(8)))
+            output = client.hear_output()
+            assert isinstance(output, StepOutputs)
+            assert len(output.token_ids) == len(output.finished) == 8
 
 
 @pytest.mark.parametrize("mode", [None, "load waits"], ids=["serving", "loading"])

@@ -160,6 +160,12 @@ class CheckingRunner:
         assert context == self._true_entries(request)
         position = length - request.num_prompt_tokens
         place = (request.client, request.handle, position)
+        num_prior = request.num_prior_tokens
+        if 0 < num_prior == position and self._marks.is_complete_before(*place):
+            result.token_ids.append(-1)
+            result.already_complete.add(row)
+            self.seen["complete before"] += 1
+            return
         if kind := self._marks.error_at(*place):
             result.token_ids.append(-1)
             result.errors[row] = RowError(kind, "as marked")

@@ -24,6 +24,10 @@ class Marks:
         """Whether the grammar of this request ends with this token."""
         return self._rate <= self._place(client, handle, position) < 2 * self._rate
 
+    def is_complete_before(self, client: bytes, handle: int, position: int) -> bool:
+        """Whether the grammar of a request that comes with this much output has ended in it."""
+        return 2 * self._rate <= self._place(client, handle, position) < 16 * self._rate
+
     def _place(self, client: bytes, handle: int, position: int) -> int:
         if not self._rate:
             return 100_000

@@ -40,6 +40,8 @@ def expected_stream(
     def ends(reason: FinishReason) -> tuple[list[int], FinishReason, ErrorKind]:
         return output[num_prior:], reason, ErrorKind.INTERNAL
 
+    if prior_ends_it(client, message, marks):
+        return ends(FinishReason.STOP)
     while True:
         if kind := marks.error_at(client, handle, len(output)):
             return output[num_prior:], FinishReason.ERROR, kind
@@ -53,6 +55,12 @@ def expected_stream(
             return ends(FinishReason.LENGTH)
         if len(output) >= params.min_tokens and is_repetitive(output, params.repetition):
             return ends(FinishReason.REPETITION)
+
+
+def prior_ends_it(client: bytes, message: AddRequest, marks: Marks) -> bool:
+    """Whether it ends without a token, because its grammar allows none behind what there is."""
+    num_prior = len(message.prior_token_ids)
+    return num_prior > 0 and marks.is_complete_before(client, message.handle, num_prior)
 
 
 def is_repetitive(output: list[int], wanted: RepetitionDetection | None) -> bool:

@@ -239,6 +239,18 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "a failed request gets a token": (scheduler_module, "produced", "if result.errors", "if False"),
     "a complete grammar goes on": (Scheduler, "update", "in result.complete", "in ()"),
+    "a grammar that was complete before gets a token": (
+        scheduler_module,
+        "produced",
+        "result.errors.keys() | result.already_complete",
+        "result.errors",
+    ),
+    "a grammar that was complete before goes on": (
+        Scheduler,
+        "update",
+        "in result.already_complete",
+        "in ()",
+    ),
     "a pattern has to be said once more": (
         RepetitionDetector,
         "__init__",

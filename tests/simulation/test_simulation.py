@@ -40,4 +40,4 @@ def test_the_schedules_go_where_it_hurts() -> None:
     assert min(seen[event] for event in ("abort", "siblings", "deadline", "stop", "error")) > 100
     assert min(seen[event] for event in ("refusal", "prior", "overflow", "fair share")) > 50
     assert min(seen[event] for event in ("shared with a sibling", "stats", "reset done")) > 30
-    assert min(seen[event] for event in ("leave", "repetition")) > 10
+    assert min(seen[event] for event in ("leave", "repetition", "complete before")) > 10
