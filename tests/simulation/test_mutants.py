@@ -123,7 +123,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "an abort is not confirmed": (
         EngineCore,
         "_finish",
-        "self._delivery.end(request.client, request.handle, reason)",
+        "self._delivery.end(request.client, request.handle, reason, message, kind)",
         "pass",
     ),
     "who leaves is still spoken to": (
