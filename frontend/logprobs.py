@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
 
 import msgspec
@@ -37,13 +37,15 @@ class FlatLogprobs(Sequence[LogprobsOnePosition | None]):
         end_indices: where they end. Equal to the start where a position has none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, positions: Iterable[LogprobsOnePosition | None] = ()) -> None:
         self.start_indices: list[int] = []
         self.end_indices: list[int] = []
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.ranks: list[int | None] = []
         self.decoded_tokens: list[str | None] = []
+        for position in positions:
+            self.append(position)
 
     def append(self, position: LogprobsOnePosition | None) -> None:
         """Add a position behind the last one."""

@@ -531,6 +531,29 @@ async def test_logprobs_go_with_the_tokens_they_belong_to(kind: RequestOutputKin
     assert second.cumulative_logprob == -1.75
 
 
+@pytest.mark.parametrize("flat", [False, True])
+async def test_cumulative_logprobs_are_made_once_and_earlier_outputs_stay_as_they_were(
+    flat: bool,
+) -> None:
+    asked: list[int] = []
+
+    def decode(token_id: int) -> str:
+        asked.append(token_id)
+        return chr(token_id)
+
+    consumer = Consumer(logprobs=0, flat_logprobs=flat)
+    consumer.stream.begin("prompt", [1, 2], None, decode=decode)
+    [completion] = consumer.stream.completions
+    taken = []
+    for position, token in enumerate("abc"):
+        completion.push_logprobs(rows(position, [(token, -1.0)]))
+        consumer.push(token)
+        taken.append((await consumer.take()).logprobs or [])
+    assert [len(logprobs) for logprobs in taken] == [1, 2, 3]
+    assert list(taken[2])[:2] == list(taken[1])
+    assert asked == ids("abc")
+
+
 async def test_logprobs_end_with_the_token_that_completed_a_stop_string() -> None:
     consumer = Consumer(logprobs=0, stop=["b"])
     [completion] = consumer.stream.completions
