@@ -91,13 +91,14 @@ class ScoredTokens:
         decode: the text of a token; None leaves it out.
     """
 
-    __slots__ = ("_decode", "_first_position", "_num_token_ids", "_rows", "cumulative")
+    __slots__ = ("_decode", "_entries", "_first_position", "_num_token_ids", "_rows", "cumulative")
 
     def __init__(self, num_token_ids: int, decode: Callable[[int], str] | None) -> None:
         self._num_token_ids = num_token_ids
         self._decode = decode
         self._first_position = 0
         self._rows: list[tuple[int, array[int], array[float]]] = []
+        self._entries: list[LogprobsOnePosition] = []  # of the first rows, as far as they are kept
         self.cumulative: list[float] = []  # logprob of the tokens up to each row
 
     def __len__(self) -> int:
@@ -127,19 +128,31 @@ class ScoredTokens:
         return self.cumulative[num_rows - 1] if self.cumulative and num_rows > 0 else 0.0
 
     def read(self, start: int, end: int, *, flat: bool) -> Logprobs:
-        """Positions from `start` up to `end`; None stands where a position has not been scored."""
+        """Positions from `start` up to `end`; None stands where a position has not been scored.
+
+        Who reads from the start will do so again with every token, and then finds the dictionaries
+        of the time before: otherwise the cost of an output would grow with its square.
+        """
         result: Logprobs = FlatLogprobs() if flat else []
         for position in range(start, end):
             index = position - self._first_position
-            scored = self._rows and 0 <= index < len(self._rows)
-            result.append(self._entries(*self._rows[index]) if scored else None)
+            if not (self._rows and 0 <= index < len(self._rows)):
+                result.append(None)
+                continue
+            if index < len(self._entries):
+                entries = self._entries[index]
+            else:
+                entries = self._make_entries(*self._rows[index])
+                if index == len(self._entries) and start <= self._first_position:
+                    self._entries.append(entries)
+            result.append(entries)
         return result
 
-    def _entries(
+    def _make_entries(
         self, rank: int, ids: "array[int]", logprobs: "array[float]"
-    ) -> dict[int, Logprob]:
+    ) -> LogprobsOnePosition:
         num_ranked = len(ids) - self._num_token_ids
-        entries: dict[int, Logprob] = {}
+        entries: LogprobsOnePosition = {}
         for index, (token_id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
             if token_id not in entries:  # one of the most likely may be the token itself
                 own = (index or rank) if index < num_ranked else None

@@ -6,6 +6,7 @@ import random
 from array import array
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -512,6 +513,22 @@ async def test_logprobs_go_with_the_tokens_they_belong_to(kind: RequestOutputKin
     c = {ord("c"): Logprob(-0.25, 1, None)}
     assert second.logprobs == ([c] if kind is DELTA else [a, c])
     assert second.cumulative_logprob == -1.75
+
+
+async def test_cumulative_outputs_share_the_logprobs_of_a_position() -> None:
+    """Making them anew for every output would take a time that grows with its square."""
+    consumer = Consumer(logprobs=0)
+    [completion] = consumer.stream.completions
+    seen = []
+    for position, token in enumerate("abc"):
+        completion.push_logprobs(rows(position, [(token, -1.0)]))
+        consumer.push(token)
+        output = await consumer.take()
+        assert output.logprobs is not None and len(output.logprobs) == position + 1
+        seen.append(output.logprobs)
+    for earlier, later in pairwise(seen):
+        assert all(a is b for a, b in zip(earlier, later, strict=False))
+        assert earlier is not later
 
 
 async def test_logprobs_end_with_the_token_that_completed_a_stop_string() -> None:
