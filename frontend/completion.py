@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from footplate.frontend.logprobs import FlatLogprobs, Logprobs, LogprobsOnePosition, ScoredTokens
+from footplate.frontend.logprobs import Logprobs, ScoredTokens
 from footplate.frontend.output_text import OutputText
 from footplate.frontend.outputs import CompletionOutput
 from footplate.protocol.messages import Finished, FinishReason, LogprobRows
@@ -32,7 +32,6 @@ class Completion:
         "_due_at",
         "_finish_reason",
         "_num_taken",
-        "_seen_logprobs",
         "_seen_text",
         "_stop_reason",
         "_token_ids",
@@ -61,7 +60,6 @@ class Completion:
         self._token_ids: list[int] = []
         self._num_taken = 0
         self._seen_text = ""
-        self._seen_logprobs: list[LogprobsOnePosition | None] = []
         self._finish_reason: FinishReason | None = None
         self._stop_reason: int | str | None = None
 
@@ -157,7 +155,7 @@ class Completion:
         logprobs: Logprobs | None = None
         cumulative: float | None = None
         if self.scored is not None:
-            logprobs = self._take_logprobs(self.scored, params, start)
+            logprobs = self.scored.read(start, num_tokens, flat=params.flat_logprobs)
             cumulative = self.scored.cumulative_up_to(num_tokens)
         return CompletionOutput(
             self.index,
@@ -168,13 +166,3 @@ class Completion:
             logprobs,
             cumulative,
         )
-
-    def _take_logprobs(self, scored: ScoredTokens, params: SamplingParams, start: int) -> Logprobs:
-        """Of the tokens from `start` on."""
-        num_tokens, flat = len(self._token_ids), params.flat_logprobs
-        if params.output_kind is RequestOutputKind.DELTA:
-            return scored.read(start, num_tokens, flat=flat)
-        # Made once for each position: a long output would make all of them anew for each output.
-        seen = self._seen_logprobs
-        seen += scored.read(len(seen), num_tokens, flat=False)
-        return FlatLogprobs(seen) if flat else seen.copy()

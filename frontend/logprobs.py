@@ -37,24 +37,37 @@ class FlatLogprobs(Sequence[LogprobsOnePosition | None]):
         end_indices: where they end. Equal to the start where a position has none.
     """
 
-    def __init__(self, positions: Iterable[LogprobsOnePosition | None] = ()) -> None:
+    def __init__(self) -> None:
         self.start_indices: list[int] = []
         self.end_indices: list[int] = []
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.ranks: list[int | None] = []
         self.decoded_tokens: list[str | None] = []
-        for position in positions:
-            self.append(position)
 
     def append(self, position: LogprobsOnePosition | None) -> None:
         """Add a position behind the last one."""
+        entries = (position or {}).values()
+        self.extend(
+            (position or {}).keys(),
+            [entry.logprob for entry in entries],
+            [entry.rank for entry in entries],
+            [entry.decoded_token for entry in entries],
+        )
+
+    def extend(
+        self,
+        token_ids: Iterable[int],
+        logprobs: Iterable[float],
+        ranks: Iterable[int | None],
+        decoded_tokens: Iterable[str | None],
+    ) -> None:
+        """As `append`, by column. No id comes twice."""
         self.start_indices.append(len(self.token_ids))
-        for token_id, entry in (position or {}).items():
-            self.token_ids.append(token_id)
-            self.logprobs.append(entry.logprob)
-            self.ranks.append(entry.rank)
-            self.decoded_tokens.append(entry.decoded_token)
+        self.token_ids.extend(token_ids)
+        self.logprobs.extend(logprobs)
+        self.ranks.extend(ranks)
+        self.decoded_tokens.extend(decoded_tokens)
         self.end_indices.append(len(self.token_ids))
 
     def __len__(self) -> int:
@@ -82,6 +95,9 @@ class FlatLogprobs(Sequence[LogprobsOnePosition | None]):
         return map(self.__getitem__, range(len(self)))
 
 
+_Columns: TypeAlias = tuple[
+    Iterable[int], Iterable[float], Iterable[int | None], Iterable[str | None]
+]
 Logprobs: TypeAlias = list[LogprobsOnePosition | None] | FlatLogprobs
 
 
@@ -93,13 +109,14 @@ class ScoredTokens:
         decode: the text of a token; None leaves it out.
     """
 
-    __slots__ = ("_decode", "_first_position", "_num_token_ids", "_rows", "cumulative")
+    __slots__ = ("_decode", "_entries", "_first_position", "_num_token_ids", "_rows", "cumulative")
 
     def __init__(self, num_token_ids: int, decode: Callable[[int], str] | None) -> None:
         self._num_token_ids = num_token_ids
         self._decode = decode
         self._first_position = 0
         self._rows: list[tuple[int, array[int], array[float]]] = []
+        self._entries: list[LogprobsOnePosition] = []  # of the first rows, as far as they are kept
         self.cumulative: list[float] = []  # logprob of the tokens up to each row
 
     def __len__(self) -> int:
@@ -130,24 +147,42 @@ class ScoredTokens:
 
     def read(self, start: int, end: int, *, flat: bool) -> Logprobs:
         """Positions from `start` up to `end`; None stands where a position has not been scored."""
-        result: Logprobs = FlatLogprobs() if flat else []
-        for position in range(start, end):
-            index = position - self._first_position
-            scored = self._rows and 0 <= index < len(self._rows)
-            result.append(self._entries(*self._rows[index]) if scored else None)
-        return result
+        indices = range(start - self._first_position, end - self._first_position)
+        known = range(len(self._rows))
+        if flat:
+            result = FlatLogprobs()
+            for index in indices:
+                result.extend(*(self._columns(*self._rows[index]) if index in known else 4 * ((),)))
+            return result
+        return [self._entries_at(index, start) if index in known else None for index in indices]
 
-    def _entries(
-        self, rank: int, ids: "array[int]", logprobs: "array[float]"
-    ) -> dict[int, Logprob]:
-        num_ranked = len(ids) - self._num_token_ids
-        entries: dict[int, Logprob] = {}
-        for index, (token_id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-            if token_id not in entries:  # one of the most likely may be the token itself
-                own = (index or rank) if index < num_ranked else None
-                text = None if self._decode is None else self._decode(token_id)
-                entries[token_id] = Logprob(logprob, own, text)
+    def _entries_at(self, index: int, start: int) -> LogprobsOnePosition:
+        """Who reads from the start will do so again with every token, and then finds the objects
+        of the time before: otherwise the cost of an output would grow with its square."""
+        if index < len(self._entries):
+            return self._entries[index]
+        columns = self._columns(*self._rows[index])
+        entries = {
+            token_id: Logprob(logprob, rank, text)
+            for token_id, logprob, rank, text in zip(*columns, strict=True)
+        }
+        if index == len(self._entries) and start <= self._first_position:
+            self._entries.append(entries)
         return entries
+
+    def _columns(self, rank: int, ids: "array[int]", logprobs: "array[float]") -> _Columns:
+        """Token ids, logprobs, ranks and texts of a row, each token once."""
+        num_ranked = len(ids) - self._num_token_ids
+        ranks = [rank, *range(1, num_ranked), *self._num_token_ids * [None]]
+        columns = ids.tolist(), logprobs.tolist(), ranks
+        if len(set(columns[0])) < len(ids):
+            # One of the most likely may be the token itself, and those asked for by id any.
+            first = {token_id: index for index, token_id in reversed([*enumerate(columns[0])])}
+            kept = sorted(first.values())
+            columns = tuple([column[index] for index in kept] for column in columns)  # type: ignore[assignment]
+        decode = self._decode
+        texts = [None] * len(columns[0]) if decode is None else [*map(decode, columns[0])]
+        return *columns, texts
 
 
 def _unpack(kind: str, data: bytes) -> "array[Any]":

@@ -38,7 +38,8 @@ class CompletionOutput(msgspec.Struct, gc=False):
         finish_reason: None while the stream goes on.
         stop_reason: the stop string or stop token that ended it; None for the model's own
             end of sequence.
-        logprobs: of `token_ids`, position by position; None if they were not asked for.
+        logprobs: of `token_ids`, position by position; None if they were not asked for. Cumulative
+            outputs of one stream share the dictionaries: to change one, copy it.
         cumulative_logprob: the sum over all tokens so far, likewise.
     """
 

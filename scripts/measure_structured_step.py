@@ -34,6 +34,7 @@ from footplate.protocol.messages import AddRequest
 from footplate.protocol.structured import StructuredOutputsParams
 from footplate.protocol.token_params import Grammar, TokenParams
 
+Dtype = Literal["bfloat16", "float32"]
 CLIENT = b"client"
 # So long that no output comes to its end.
 SCHEMA = {"type": "array", "items": ORDER, "minItems": 500, "$defs": ORDER["$defs"]}
@@ -45,7 +46,7 @@ app = App(name="measure_structured_step.py", help=__doc__, help_format="plaintex
 def main(
     *,
     random_model: Literal["llama-tiny", "llama-160m"] = "llama-160m",
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     rows: int = 32,
     input_len: int = 128,
     output_len: int = 64,
@@ -91,7 +92,7 @@ class Loop:
     """An engine core, driven without processes."""
 
     def __init__(
-        self, model: Literal["llama-tiny", "llama-160m"], dtype: str, rows: int, threads: int,
+        self, model: Literal["llama-tiny", "llama-160m"], dtype: Dtype, rows: int, threads: int,
         folder: Path,
     ) -> None:  # fmt: skip
         scheduler = SchedulerConfig(max_num_seqs=rows)

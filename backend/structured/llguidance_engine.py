@@ -104,7 +104,11 @@ class LlguidanceEngine:
         tokenizer = LLTokenizer(
             backend.to_str(), n_vocab=max(num_tokens, self._vocab_size), eos_token=eos
         )
-        return Vocabulary(tokenizer, self._vocab_size, frozenset(eos), never)
+        added = backend.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special}
+        return Vocabulary(
+            tokenizer, self._vocab_size, frozenset(eos), never, frozenset(eos) - special
+        )
 
 
 class Vocabulary:
@@ -113,6 +117,8 @@ class Vocabulary:
     Attributes:
         eos_token_ids: tokens that end an output where the grammar allows it.
         never_sampled: the end-of-sequence token of a model that has none, and no column of logits.
+        written_ends: end-of-sequence tokens that are text to the tokenizer, such as a line break.
+            llguidance allows them wherever their text may stand, but takes them for the end.
     """
 
     def __init__(
@@ -121,10 +127,12 @@ class Vocabulary:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         never_sampled: int | None,
+        written_ends: frozenset[int],
     ) -> None:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.never_sampled = never_sampled
+        self.written_ends = written_ends
         self._vocab_size = vocab_size
         self._num_words = (tokenizer.vocab_size + 31) // 32
         self._is_direct = tokenizer.vocab_size == vocab_size and never_sampled is None
@@ -133,6 +141,7 @@ class Vocabulary:
         """Write `matcher`'s mask for the model's columns."""
         if self._is_direct:
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            self._forbid_written_ends(matcher, mask)
             return
         own = np.zeros(self._num_words, np.int32)
         matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
@@ -143,6 +152,13 @@ class Vocabulary:
         mask[:] = own[: mask.size]
         if tail := self._vocab_size % 32:
             mask.view(np.uint32)[-1] &= np.uint32((1 << tail) - 1)
+        self._forbid_written_ends(matcher, mask)
+
+    def _forbid_written_ends(self, matcher: LLMatcher, mask: npt.NDArray[np.int32]) -> None:
+        """Inside of an output its end is no text."""
+        if self.written_ends and not matcher.is_accepting():
+            for token_id in self.written_ends:
+                mask.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
 
 
 class LlguidanceGrammar:

@@ -117,8 +117,7 @@ class Tokenizer:
         self._special_ids = frozenset(special)
         self.special_token_texts = frozenset(special.values())
         self._encoder = Encoder(backend, special, facts.special_tokens.get("unk_token"))
-        # Logprobs of a whole vocabulary ask for each of them at every position.
-        self._token_texts: dict[int, str] = {}
+        self._token_texts: dict[int, str] = {}  # for logprobs, which name the same ones often
         self._pieces: dict[bool, PieceTable] | None = None
         if (token_bytes := take_apart(backend)) is not None:
             self._pieces = {
@@ -218,7 +217,8 @@ class Tokenizer:
         text = self._token_texts.get(token_id)
         if text is None:
             text = self.decode((token_id,), skip_special_tokens=False)
-            self._token_texts[token_id] = text
+            if 0 <= token_id < self.vocab_size:
+                self._token_texts[token_id] = text
         return text
 
     def detokenizer(

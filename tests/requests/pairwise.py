@@ -25,6 +25,7 @@ def covering_rows(
         is_legal: whether the levels of a row, or of part of one, go together.
     """
     dice = Random(seed)
+    places = {name: number for number, name in enumerate(levels)}
     missing = {
         ((a, i), (b, j))
         for a, b in combinations(levels, 2)
@@ -36,10 +37,11 @@ def covering_rows(
     while missing:
         pair = dice.choice(sorted(missing))
         candidates = [
-            _grow(dict(pair), levels, is_legal, missing, dice) for _ in range(NUM_CANDIDATES)
+            _grow(dict(pair), levels, is_legal, missing, places, dice)
+            for _ in range(NUM_CANDIDATES)
         ]
-        row = max(candidates, key=lambda candidate: len(_pairs(candidate, levels) & missing))
-        missing -= _pairs(row, levels)
+        row = max(candidates, key=lambda candidate: len(_pairs(candidate, places) & missing))
+        missing -= _pairs(row, places)
         rows.append(row)
     return rows
 
@@ -49,6 +51,7 @@ def _grow(
     levels: Mapping[str, Sequence[Any]],
     is_legal: Callable[[Row], bool],
     missing: set[Pair],
+    places: Mapping[str, int],
     dice: Random,
 ) -> Row:
     """Give every other parameter, in random order, the legal level that meets the most."""
@@ -60,16 +63,15 @@ def _grow(
         row[name] = max(
             legal,
             key=lambda index: sum(
-                _pair(levels, (name, index), other) in missing for other in row.items()
+                _pair(places, (name, index), other) in missing for other in row.items()
             ),
         )
     return row
 
 
-def _pairs(row: Row, levels: Mapping[str, Sequence[Any]]) -> set[Pair]:
-    return {_pair(levels, a, b) for a, b in combinations(row.items(), 2)}
+def _pairs(row: Row, places: Mapping[str, int]) -> set[Pair]:
+    return {_pair(places, a, b) for a, b in combinations(row.items(), 2)}
 
 
-def _pair(levels: Mapping[str, Sequence[Any]], a: tuple[str, int], b: tuple[str, int]) -> Pair:
-    names = list(levels)
-    return (a, b) if names.index(a[0]) < names.index(b[0]) else (b, a)
+def _pair(places: Mapping[str, int], a: tuple[str, int], b: tuple[str, int]) -> Pair:
+    return (a, b) if places[a[0]] < places[b[0]] else (b, a)

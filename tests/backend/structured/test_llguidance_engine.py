@@ -94,6 +94,26 @@ def test_all_end_tokens_of_a_model_end_a_text() -> None:
         assert matcher.advance([token_id])
 
 
+def test_an_end_token_that_is_text_is_impossible_inside_of_a_text() -> None:
+    """Some models end with a line break, or with a mark that their tokenizer takes for text."""
+    [newline] = ids("\n")
+    matcher = demo_engine((EOS, newline)).compile(Grammar(r"start: /a(\n|b)c?/")).start()
+    matcher.advance(ids("a"))
+    assert "b" in texts(allowed(matcher)) and newline not in allowed(matcher)
+    matcher.advance(ids("b"))
+    assert newline in allowed(matcher)
+    assert matcher.advance([newline])
+
+
+def test_where_one_text_is_left_only_the_tokenizer_s_own_tokens_of_it_are_possible(
+    engine: LlguidanceEngine,
+) -> None:
+    """As docs/requests.md says: single letters would spell it too."""
+    matcher = engine.compile(Grammar('start: "a" | "b the function"')).start()
+    matcher.advance(ids("b"))
+    assert list(allowed(matcher)) == ids(" the function")[:1]
+
+
 @pytest.mark.parametrize("text", ["c", "ab", "aa"])
 def test_a_token_that_the_grammar_forbids_is_an_error_and_stays_one(
     engine: LlguidanceEngine, text: str

@@ -133,6 +133,14 @@ def test_the_vocabulary_can_be_looked_at(tokenizer: Tokenizer, reference: Any) -
     assert tokenizer.token_to_id("no such token") is None
 
 
+def test_every_token_has_a_text_of_its_own_however_often_it_is_asked_for(
+    tokenizer: Tokenizer,
+) -> None:
+    for token_id in [*range(tokenizer.vocab_size), tokenizer.vocab_size + 1000]:
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        assert [tokenizer.text_of_token(token_id) for _ in range(2)] == [text] * 2
+
+
 def test_generation_config_adds_ways_to_end(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folder_with(
         folders,
