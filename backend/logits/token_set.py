@@ -51,7 +51,9 @@ class TokenSet:
         elif self._outside is not None:
             row[self._outside] = -np.inf
         else:
-            np.minimum(row, self.ceiling, out=row)
+            # `fmin` takes the ceiling, not a NaN, so that a bad logit of an impossible token is as
+            # much out of the way as above; one of a possible token becomes inf, which is noticed.
+            np.fmin(row, self.ceiling, out=row)
 
     def count(self, token_ids: Ids) -> int:
         """How many of these are in the set."""
