@@ -34,7 +34,9 @@ from footplate.protocol.messages import AddRequest
 from footplate.protocol.structured import StructuredOutputsParams
 from footplate.protocol.token_params import Grammar, TokenParams
 
+Shape = Literal["llama-tiny", "llama-160m"]
 Dtype = Literal["bfloat16", "float32"]
+
 CLIENT = b"client"
 # So long that no output comes to its end.
 SCHEMA = {"type": "array", "items": ORDER, "minItems": 500, "$defs": ORDER["$defs"]}
@@ -45,7 +47,7 @@ app = App(name="measure_structured_step.py", help=__doc__, help_format="plaintex
 @app.default
 def main(
     *,
-    random_model: Literal["llama-tiny", "llama-160m"] = "llama-160m",
+    random_model: Shape = "llama-160m",
     dtype: Dtype = "bfloat16",
     rows: int = 32,
     input_len: int = 128,
@@ -92,9 +94,13 @@ class Loop:
     """An engine core, driven without processes."""
 
     def __init__(
-        self, model: Literal["llama-tiny", "llama-160m"], dtype: Dtype, rows: int, threads: int,
+        self,
+        model: Shape,
+        dtype: Dtype,
+        rows: int,
+        threads: int,
         folder: Path,
-    ) -> None:  # fmt: skip
+    ) -> None:
         scheduler = SchedulerConfig(max_num_seqs=rows)
         cache = CacheConfig(kv_cache_memory_bytes=2**29, enable_prefix_caching=False)
         runner = load_model_runner(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from footplate.frontend import LLM, SamplingParams
+from footplate.protocol.structured import StructuredOutputsParams
 
 FAQ = (Path(__file__).parents[2] / "docs" / "faq.md").read_text()
 
@@ -35,3 +36,18 @@ def test_it_goes_on_with_a_sentence_of_documentation(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=20)
     output = llm.generate("If the file does not exist,", params, use_tqdm=False)[0]
     assert len(re.findall(r"\b(?:the|a|is|it|of|to|and)\b", output.outputs[0].text)) >= 3
+
+
+def test_a_stop_string_ends_a_json_text_in_its_middle(llm: LLM) -> None:
+    params = SamplingParams(
+        n=2,
+        stop=["el"],
+        logprobs=0,
+        max_tokens=60,
+        structured_outputs=StructuredOutputsParams(json={"const": {"a": "hello"}}),
+    )
+    for completion in llm.generate("Say hello:", params, use_tqdm=False)[0].outputs:
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", "el")
+        assert re.fullmatch(r'\{\s*"a"\s*:\s*"h', completion.text)
+        assert completion.logprobs is not None
+        assert len(completion.logprobs) == len(completion.token_ids)
