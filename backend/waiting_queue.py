@@ -76,8 +76,10 @@ class WaitingQueue:
         """Who is next."""
         if not self._num_waiting:
             return None
-        firsts = filter(None, map(_first, self._lines.values()))
-        return min(firsts, key=self._key) if self.is_shared else next(firsts)
+        if len(self._lines) == 1:
+            [line] = self._lines.values()
+            return _first(line)
+        return min(filter(None, map(_first, self._lines.values())), key=self._key)
 
     def _key(self, request: Request) -> tuple[int, int, Rank]:
         rank = self.rank(request)
