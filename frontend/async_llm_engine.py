@@ -22,6 +22,7 @@ from footplate.frontend.text import Tokenizer
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineError,
+    InvalidParameterError,
     InvalidRequestError,
 )
 from footplate.protocol.links import default_address
@@ -343,8 +344,18 @@ class AsyncLLMEngine:
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests with finish reason `abort` and what there is so far. Unknown and finished
-        ids are no error."""
-        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        ids are no error.
+
+        Raises:
+            InvalidParameterError: what was given is no id.
+        """
+        ids = [request_id] if isinstance(request_id, str) else request_id
+        if not isinstance(ids, Iterable):
+            raise InvalidParameterError("request_id", request_id, "an id, or several")
+        ids = list(ids)
+        for each in ids:
+            if not isinstance(each, str):
+                raise InvalidParameterError("request_id", each, "a string")
         self._abort(ids)
 
     def _abort(self, request_ids: Iterable[str]) -> None:

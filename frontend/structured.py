@@ -139,11 +139,14 @@ def _check_bounds(params: StructuredOutputsParams) -> None:
             )
         try:
             check_regex(params.whitespace_pattern)
-        except GrammarLimitError as error:
+            if problem := _find_problem(_regex_grammar(params.whitespace_pattern)):
+                raise _UnusableError(f"a regular expression ({_one_line(problem)})")
+        except (GrammarLimitError, _UnusableError) as error:
+            smaller = "smaller: " if isinstance(error, GrammarLimitError) else ""
             raise InvalidParameterError(
                 "structured_outputs.whitespace_pattern",
                 _excerpt(params.whitespace_pattern),
-                f"smaller: {error}",
+                f"{smaller}{error}",
             ) from None
 
 
@@ -161,10 +164,14 @@ def _from_json_object(params: StructuredOutputsParams, _: frozenset[str]) -> str
 
 
 def _from_regex(params: StructuredOutputsParams, _: frozenset[str]) -> str:
+    assert params.regex is not None
+    return _regex_grammar(params.regex)
+
+
+def _regex_grammar(regex: str) -> str:
     from llguidance import LLMatcher
 
-    assert params.regex is not None
-    return LLMatcher.grammar_from_regex(params.regex)
+    return LLMatcher.grammar_from_regex(regex)
 
 
 def _from_choice(params: StructuredOutputsParams, _: frozenset[str]) -> str:

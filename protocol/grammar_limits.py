@@ -44,6 +44,7 @@ STACK_BYTES = 256 * 1024 * 1024
 
 MAX_SCHEMA_PROPERTIES = 1_000  # of one object: optional ones cost their number squared
 MAX_SCHEMA_STRING_BYTES = 65_536  # forced text is tokenised again for every mask
+MAX_LENGTH = 2**32 - 1  # `maxLength`; the engine counts in 32 bits
 MAX_REGEX_BYTES = 8_192
 MAX_CLASSES = 4_096  # `\w` takes 3 KiB of memory, wherever it stands
 MAX_FOLDED_CLASSES = 50  # without regard to case each of them takes up to 16 ms
@@ -139,10 +140,13 @@ def check_schema(schema: object) -> None:
             regexes += item
         elif key == "multipleOf" and isinstance(item, int | float):
             multiples.add(Decimal(str(item)))
+        elif key in _LENGTHS and isinstance(item, int | float) and item > MAX_LENGTH:
+            raise GrammarLimitError(f"{key} of at most {MAX_LENGTH}")
     _check_multiples(multiples)
     _check_regexes(regexes)
 
 
+_LENGTHS = ("minLength", "maxLength")
 _PROSE = ("description", "title", "$comment")
 
 

@@ -334,6 +334,15 @@ async def test_an_aborted_request_ends_with_what_there_is(engine: AsyncLLMEngine
     await until_ended_early(engine, before)
 
 
+@pytest.mark.parametrize("nonsense", [None, 5, [None], ["a", 5], [["a"]]])
+async def test_what_is_no_id_cannot_be_aborted(engine: AsyncLLMEngine, nonsense: Any) -> None:
+    stream = await engine.add_request("a", PROMPT, tokens(max_tokens=FOREVER))
+    with pytest.raises(InvalidParameterError, match="request_id="):
+        await engine.abort(nonsense)
+    assert not stream.is_finished
+    stream.close()
+
+
 async def test_aborting_wakes_the_consumer_that_waits(engine: AsyncLLMEngine) -> None:
     final = tokens(max_tokens=FOREVER, output_kind=RequestOutputKind.FINAL_ONLY)
     waiting = asyncio.create_task(last_of(engine.generate(PROMPT, final, "a")))

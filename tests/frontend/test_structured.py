@@ -312,6 +312,7 @@ def test_what_cannot_be_enforced_is_refused_in_few_words(
     "params",
     [
         {"whitespace_pattern": "x" * 9000},
+        {"whitespace_pattern": "("},
         {"whitespace_pattern": " ", "disable_any_whitespace": True},
     ],
 )

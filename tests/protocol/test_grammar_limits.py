@@ -10,6 +10,7 @@ from footplate.protocol.bounds import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 from footplate.protocol.grammar_limits import (
     MAX_CLASSES,
     MAX_FOLDED_CLASSES,
+    MAX_LENGTH,
     MAX_MULTIPLE,
     MAX_OPTIONAL_WORK,
     MAX_REGEX_BYTES,
@@ -58,6 +59,8 @@ def chained_terminals(count: int) -> str:
             {"patternProperties": {"x" * (MAX_REGEX_BYTES + 1): {}}},
         ),
         ({"multipleOf": MAX_MULTIPLE}, {"multipleOf": MAX_MULTIPLE + 1}),
+        ({"maxLength": MAX_LENGTH}, {"maxLength": MAX_LENGTH + 1}),
+        ({"minLength": MAX_LENGTH}, {"minLength": 1e300}),
         ({"multipleOf": MAX_MULTIPLE / 1000}, {"multipleOf": (MAX_MULTIPLE + 1) / 1000}),
         ({"pattern": "a?" * MAX_OPTIONAL}, {"pattern": "a?" * (MAX_OPTIONAL + 1)}),
         ({"pattern": r"\w" * (MAX_CLASSES)}, {"allOf": [{"pattern": r"\w" * 2049}] * 2}),
