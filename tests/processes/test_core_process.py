@@ -504,8 +504,7 @@ def test_garbage_is_counted_and_harms_nobody(start_core: StartCore) -> None:
         (b"\x91" * 100_000,),
         (b"\x92\xa5eject\x90",),
         (b"\x92\xa5abort",),
-        (b"", b""),
-        (Encoder().encode(GetStats(1)), b"and a second frame"),
+        (b"", b""),  # counted as two
         (Encoder().encode(GetStats(1)),) * (MAX_FRAMES + 1),
         (os.urandom(1000),),
     ]
@@ -519,7 +518,10 @@ def test_garbage_is_counted_and_harms_nobody(start_core: StartCore) -> None:
             stranger.say(message)  # it has not said hello
         stranger.say(Goodbye())  # no error: it may cross its own disconnection
         stranger.join()
-        assert stats_of(stranger).num_bad_messages == 2 * len(garbage) + 2
+        assert stats_of(stranger).num_bad_messages == 2 * (len(garbage) + 1) + 2
+        stranger.say(b"garbage in front", GetStats(2), b"and behind")  # harms not even its message
+        reply = stranger.hear_output()
+        assert isinstance(reply, ControlReply) and reply.call == 2
         bystander.say(AddRequest(1, PROMPT, params))
         token_ids: list[int] = []
         while len(token_ids) < 5:
