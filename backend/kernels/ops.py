@@ -268,11 +268,11 @@ class Kernels:
         Args:
             logits: [num_rows, vocab], float32. Rows with a temperature hold their probabilities
                 afterwards, those whose logits are no distribution anything.
-            draws: [num_rows, 5], float64, contiguous: temperature (0 is greedy), min_p, top_k (0
-                keeps all), top_p, and the noise in [0, 1).
+            draws: [num_rows, 5], float64, contiguous: temperature (0 is greedy, a negative one
+                skips the row), min_p, top_k (0 keeps all), top_p, and the noise in [0, 1).
 
         Returns:
-            [num_rows], int64; -1 where the logits are no distribution.
+            [num_rows], int64; -1 where the logits are no distribution, or were skipped.
         """
         num_rows, vocab = logits.shape
         assert logits.dtype is torch.float32 and vocab > 0

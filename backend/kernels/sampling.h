@@ -16,7 +16,7 @@ namespace sampling {
 
 // What Python says about a row.
 struct Draw {
-  double temperature;  // 0 takes the largest logit; otherwise at least `MIN_TEMPERATURE`
+  double temperature;  // 0 takes the largest logit, less skips the row; else `MIN_TEMPERATURE`
   double min_p;        // 0 keeps all
   double top_k;        // 0 keeps all
   double top_p;        // 1 keeps all
@@ -286,9 +286,10 @@ inline int token_at(const float* probs, int vocab, float cutoff, int64_t target)
   return 0;
 }
 
-// The token of one row; -1 when the row is no distribution. Unless it is greedy, the row holds its
+// The token of one row; -1 when the row is no distribution, or is skipped. Unless it is greedy, the row holds its
 // probabilities afterwards.
 inline int sample_row(float* row, int vocab, const Draw& draw, SamplingRoom& room) {
+  if (draw.temperature < 0) return -1;
   Largest largest = find_largest(row, vocab);
   if (!largest.is_valid || largest.logit == -simd::infinity) return -1;
   if (draw.temperature == 0) return largest.token;

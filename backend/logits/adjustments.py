@@ -70,11 +70,12 @@ class AdjustedRequest:
         return np.array([i for i in token_ids if i < self._vocab_size], np.intp)
 
     def adjust(self, row: FloatRow, grammar: TokenSet | None) -> None:
-        """Change the row of the request's next token in place.
+        """Change the row of the request's next token in place, but for the grammar's mask.
 
         Args:
             row: float32 [vocab].
-            grammar: which tokens the request's grammar allows; None is all.
+            grammar: which tokens the request's grammar allows, for what gives way to it; None is
+                all.
 
         Raises:
             RowFailed: a processor failed, or the budget's end is no token of this model.
@@ -95,8 +96,6 @@ class AdjustedRequest:
                 self._compute(row)
         if self._thinking is not None:
             self._end_thinking(self._thinking.forced, row, grammar)
-        if grammar is not None:
-            grammar.restrict(row)
 
     def _compute(self, row: FloatRow) -> None:
         if len(self._biased_ids):

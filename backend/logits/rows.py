@@ -23,6 +23,7 @@ from footplate.backend.step import RowError, ScoredRows, StepResult
 from footplate.protocol.messages import ErrorKind
 
 FloatRow = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.intp]
 
 NO_DISTRIBUTION = RowError(
     ErrorKind.LOGITS,
@@ -38,6 +39,8 @@ class EditedRow:
         request: whose it is.
         vocab_size: how long it is.
         scored: what logprobs will be made of; None where none are asked for.
+        narrow: the only tokens that the grammar allows, ascending, where the row has not been
+            restricted to them: the token is to be drawn among their logits. None everywhere else.
         failure: why the request cannot go on, if it cannot.
         is_complete: the grammar allows nothing behind the output that is there: no token is wanted.
     """
@@ -45,6 +48,7 @@ class EditedRow:
     request: Request
     vocab_size: int
     scored: FloatRow | None = None
+    narrow: Ids | None = None
     failure: RowFailed | None = None
     is_complete: bool = False
 
@@ -87,38 +91,41 @@ class LogitRows:
             self._adjusted.pop(key, None)
             self._grammars.forget(key)
 
-    def edit(self, request: Request, row: FloatRow) -> EditedRow:
+    def edit(self, request: Request, row: FloatRow, *, may_narrow: bool = False) -> EditedRow:
         """Do to a row what its request asks for, in place, and put aside what is needed later.
 
         Args:
             row: float32 [vocab], of the request's next token.
+            may_narrow: whether the caller looks at `EditedRow.narrow`. To write and to read a whole
+                row costs more than all else, where a grammar leaves a few tokens.
         """
         edited = EditedRow(request, len(row))
         wanted = output_logprobs(request)
         if wanted is not None and wanted.mode in RAW_MODES:
             edited.scored = row.copy()
         try:
-            edited.is_complete = not self._adjust(request, row)
+            self._adjust(edited, row, may_narrow and (wanted is None or edited.scored is not None))
         except RowFailed as failure:
             edited.failure = failure
         if wanted is not None and edited.scored is None:
             edited.scored = row.copy()
         return edited
 
-    def _adjust(self, request: Request, row: FloatRow) -> bool:
-        """Whether the output goes on; False where it is complete by its grammar already."""
+    def _adjust(self, edited: EditedRow, row: FloatRow, may_narrow: bool) -> None:
+        request = edited.request
         params = request.params
         if (
             params.adjustments is None
             and request.grammar is None
             and request.num_output_tokens >= params.min_tokens
         ):
-            return True
+            return
         grammar = None
         if request.grammar is not None:
             grammar = self._grammars.allowed(request, len(row))
             if grammar is None:
-                return False
+                edited.is_complete = True
+                return
         adjusted = self._adjusted.get(request.key)
         # Shorter than before: a step is run again.
         if (
@@ -129,13 +136,17 @@ class LogitRows:
             adjusted = AdjustedRequest(request, len(row), self._processors)
             self._adjusted[request.key] = adjusted
         adjusted.adjust(row, grammar)
+        if grammar is not None:
+            edited.narrow = grammar.narrow if may_narrow else None
+            if edited.narrow is None:
+                grammar.restrict(row)
         # A grammar alone allows something, and reading all of a row again would cost 5 us.
-        is_narrowed = params.adjustments is not None
-        if is_narrowed and row.max() == -np.inf and _forced_token(request) is None:
-            raise RowFailed(
-                ErrorKind.LOGITS, f"no token is possible, with {adjusted.name_changes()}"
-            )
-        return True
+        if params.adjustments is not None and _forced_token(request) is None:
+            possible = row if edited.narrow is None else row[edited.narrow]
+            if possible.max() == -np.inf:
+                raise RowFailed(
+                    ErrorKind.LOGITS, f"no token is possible, with {adjusted.name_changes()}"
+                )
 
     def _no_distribution(self, request: Request) -> RowError:
         adjusted = self._adjusted.get(request.key)

@@ -12,6 +12,7 @@ Ids = npt.NDArray[np.intp]
 
 MAX_BYTES = 32 * 2**20
 FEW = 8  # of the vocabulary, one in so many: then ids are faster than a row
+NARROW = 1024  # tokens: rows of fewer are worth copying
 
 # A byte of a mask becomes eight floats.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
@@ -24,9 +25,11 @@ class TokenSet:
     Attributes:
         ceiling: float32 [vocab]: inf for tokens of the set, -inf for others.
         num_tokens: in the set.
+        narrow: the ids of all tokens of the set, ascending, if it has so few that a token is best
+            drawn from a row of their logits alone; else None.
     """
 
-    __slots__ = ("_inside", "_outside", "ceiling", "num_tokens")
+    __slots__ = ("_inside", "_outside", "ceiling", "narrow", "num_tokens")
 
     def __init__(self, mask: Mask, vocab_size: int) -> None:
         """Args:
@@ -41,6 +44,7 @@ class TokenSet:
             self._inside = np.flatnonzero(is_inside)
         elif vocab_size - self.num_tokens < vocab_size // FEW:
             self._outside = np.flatnonzero(~is_inside)
+        self.narrow = self._inside if self.num_tokens <= NARROW else None
 
     def restrict(self, row: FloatRow) -> None:
         """Write -inf to all other tokens of a row, float32 [vocab]."""

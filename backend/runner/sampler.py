@@ -11,8 +11,10 @@ bits, and where a border or the noise falls between the two they differ: a few t
 tokens at most, at a vocabulary of 152k.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from footplate.backend.kernels.ops import Kernels
@@ -30,6 +32,9 @@ from footplate.backend.step import ScoredRows, StepResult
 # back. That costs more than a kernel for each parameter would, but each of them has one definition,
 # and the same bits on every device.
 IN_PLACE = frozenset({"cpu"})
+
+
+SKIP = (-1.0, 0.0, 0.0, 1.0, 0.0)  # what becomes of a row that is not to be looked at
 
 
 class Sampler:
@@ -87,13 +92,23 @@ class Sampler:
                 return _with_errors(StepResult(self._draw(logits, requests)))
             on_host = logits.device.type in IN_PLACE
             rows = logits if on_host else logits[special].cpu()
+            on_rows = rows.numpy()
             edited = [
-                self._rows.edit(requests[row], rows[row if on_host else place].numpy())
+                self._rows.edit(
+                    requests[row], on_rows[row if on_host else place], may_narrow=on_host
+                )
                 for place, row in enumerate(special)
             ]
             if not on_host:
                 logits[special] = rows.to(logits.device)
-            result = StepResult(self._draw(logits, requests))
+            narrow = {
+                row: edits.narrow
+                for row, edits in zip(special, edited, strict=True)
+                if edits.narrow is not None
+            }
+            result = StepResult(self._draw(logits, requests, skipped=narrow))
+            if narrow:
+                self._draw_narrow(on_rows, requests, narrow, result.token_ids)
         for row, edits in zip(special, edited, strict=True):
             self._rows.settle(edits, row, result)
         return _with_errors(result)
@@ -106,9 +121,30 @@ class Sampler:
         """
         return self._rows.score_prompt(logits.float().cpu().numpy(), request, positions)
 
-    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-        """One token per row of float32 logits; -1 where a row is no distribution."""
-        draws = torch.tensor([_draw_of(request) for request in requests], dtype=torch.float64)
+    def _draw_narrow(
+        self,
+        rows: npt.NDArray[np.float32],
+        requests: Sequence[Request],
+        narrow: Mapping[int, npt.NDArray[np.intp]],
+        token_ids: list[int],
+    ) -> None:
+        """Draw the tokens of some rows among a few ids each, which ascend as in a whole row."""
+        width = max(map(len, narrow.values()))
+        logits = np.full((len(narrow), width), -np.inf, np.float32)
+        for place, (row, ids) in enumerate(narrow.items()):
+            logits[place, : len(ids)] = rows[row, ids]
+        drawn = self._draw(torch.from_numpy(logits), [requests[row] for row in narrow])
+        for place, (row, ids) in zip(drawn, narrow.items(), strict=True):
+            token_ids[row] = int(ids[place]) if place >= 0 else -1
+
+    def _draw(
+        self, logits: torch.Tensor, requests: Sequence[Request], skipped: Container[int] = ()
+    ) -> list[int]:
+        """One token per row of float32 logits; -1 where a row is no distribution, or skipped."""
+        draws = torch.tensor(
+            [SKIP if row in skipped else _draw_of(request) for row, request in enumerate(requests)],
+            dtype=torch.float64,
+        )
         if self._kernels is not None and logits.device.type == "cpu":
             tokens: list[int] = self._kernels.sample(logits, draws).tolist()
             return tokens

@@ -18,12 +18,13 @@ def sample_with_torch(logits: torch.Tensor, draws: torch.Tensor) -> list[int]:
 
     Args:
         logits: float32 [num_rows, vocab], on any device.
-        draws: float64 [num_rows, 5], on the CPU: see `Sampler`.
+        draws: float64 [num_rows, 5], on the CPU: see `Sampler`. Rows with a negative temperature
+            are skipped.
 
     Returns:
-        -1 for a row that is no distribution.
+        -1 for a row that is no distribution, or is skipped.
     """
-    tokens = [0] * len(draws)
+    tokens = [-1] * len(draws)
     for rows in _groups(draws, logits.shape[-1], logits.device.type):
         block, own = _take(logits, rows), draws[rows]
         chosen = _argmax(block) if own[0, 0] == 0 else _draw(block, own)
@@ -37,6 +38,8 @@ def _groups(draws: torch.Tensor, vocab: int, device: str) -> Iterator[list[int]]
     that few tokens are left; cut by top_p alone."""
     greedy, uncut, by_count, by_mass = [], [], [], []
     for row, (temperature, _, top_k, top_p, _) in enumerate(draws.tolist()):
+        if temperature < 0:
+            continue
         if temperature == 0:
             greedy.append(row)
         elif top_k > 0:
