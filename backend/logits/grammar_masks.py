@@ -50,11 +50,38 @@ class GrammarMasks:
         """Begin to make the masks of the next tokens of these requests."""
         due = []
         for request in requests:
-            match = self._match_of(request)
             position = request.num_output_tokens
+            if self._is_ahead(request, position):
+                continue
+            match = self._match_of(request)
             if match.position != position:
                 match.position = position
                 due.append(match)
+        self._begin(due, vocab_size)
+
+    def prepare_ahead(self, requests: Iterable[Request], vocab_size: int) -> None:
+        """Begin to make the masks behind the tokens that were just taken. Between two forward
+        passes a core is idle, and during one none is."""
+        due = []
+        for request in requests:
+            match = self._matches.get(request.key)
+            if match is not None and match.num_taken == request.num_output_tokens + 1:
+                match.position = match.num_taken
+                due.append(match)
+        self._begin(due, vocab_size)
+
+    def _is_ahead(self, request: Request, position: int) -> bool:
+        """Whether the mask is being made already, for an output that has come about since."""
+        match = self._matches.get(request.key)
+        return (
+            match is not None
+            and match.job is not None
+            and match.request is request
+            and match.position == position == match.num_taken
+            and match.last_taken == request.token_ids[-1]
+        )
+
+    def _begin(self, due: "list[_Match]", vocab_size: int) -> None:
         if due:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, "grammar masks")

@@ -85,6 +85,10 @@ class LogitRows:
         """
         self._grammars.prepare(requests, vocab_size)
 
+    def prepare_ahead(self, requests: Iterable[Request], vocab_size: int) -> None:
+        """As `prepare`, behind the tokens that were just settled."""
+        self._grammars.prepare_ahead(requests, vocab_size)
+
     def forget(self, keys: Iterable[int]) -> None:
         """Drop what is held for these requests, if anything is."""
         for key in keys:

@@ -111,6 +111,13 @@ class Sampler:
                 self._draw_narrow(on_rows, requests, narrow, result.token_ids)
         for row, edits in zip(special, edited, strict=True):
             self._rows.settle(edits, row, result)
+        going_on = [
+            requests[row]
+            for row in special
+            if requests[row].grammar is not None and row not in result.complete
+        ]
+        if going_on:
+            self._rows.prepare_ahead(going_on, logits.shape[1])
         return _with_errors(result)
 
     def score_prompt(self, logits: torch.Tensor, request: Request, positions: range) -> ScoredRows:
