@@ -64,6 +64,34 @@ def test_one_matcher_takes_every_token_once_and_makes_one_mask_per_token() -> No
     assert (matcher.taken, matcher.num_masks) == ([0, 2, 3], 3)
 
 
+def test_a_mask_that_was_begun_ahead_is_the_mask_of_the_next_token() -> None:
+    grammar = grammar_of(*ABC)
+    rows, request = LogitRows(), make_request(grammar=grammar)
+    for number in range(len(ABC)):
+        request.token_ids += run(rows, request, LOGITS)[1].token_ids
+        if number + 1 < len(ABC):
+            del request.token_ids[-1]  # the scheduler has not taken it yet
+            rows.prepare_ahead([request], 5)
+            request.token_ids.append(grammar.matchers[0].taken[-1])
+        rows.prepare([request], 5)
+    [matcher] = grammar.matchers
+    assert request.token_ids[1:] == matcher.taken == [0, 2, 3]
+    assert matcher.num_masks == 3
+
+
+@pytest.mark.parametrize("kept", [[], [1]], ids=["a step run again", "another token"])
+def test_a_mask_that_was_begun_in_vain_is_not_used(kept: list[int]) -> None:
+    grammar = SetGrammar({0, 1}, {2, 3}, {4}, vocab_size=5)
+    rows, request = LogitRows(), make_request(grammar=grammar)
+    assert run(rows, request, LOGITS)[1].token_ids == [0]
+    rows.prepare_ahead([request], 5)
+    request.token_ids += kept
+    rows.prepare([request], 5)
+    [token_id] = run(rows, request, LOGITS)[1].token_ids
+    assert token_id == ([0] if not kept else [2])[0]
+    assert [matcher.taken for matcher in grammar.matchers] == [[0], [*kept, token_id]]
+
+
 def test_an_output_that_is_there_already_is_taken_first() -> None:
     grammar = grammar_of(*ABC)
     request = make_request(output=[1, 2], grammar=grammar)

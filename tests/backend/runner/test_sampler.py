@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -525,6 +526,46 @@ class OneByOne:
 
     def fill_mask(self, mask: Any) -> None:
         mask[:] = 1 << (1, 3)[self.position]
+
+
+MANY = {"top_k": 5, "top_p": 0.7, "min_p": 0.05, "temperature": 1.7}
+
+
+class SomeOf:
+    """A grammar of these tokens, again and again."""
+
+    def __init__(self, *token_ids: int) -> None:
+        self._token_ids = token_ids
+
+    def start(self) -> "SomeOf":
+        return self
+
+    def advance(self, token_ids: Sequence[int]) -> bool:
+        return False
+
+    def fill_mask(self, mask: Any) -> None:
+        mask[:] = 0
+        for token_id in self._token_ids:
+            mask.view(np.uint32)[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.8}, MANY])
+def test_among_few_tokens_the_choice_is_that_of_a_whole_row(params: dict[str, Any]) -> None:
+    """Where a grammar leaves few, only their logits are looked at: beside rows that it leaves
+    many, and rows without one."""
+    dice = random.Random(str(params))
+    vocab = 400
+    for position in range(50):
+        rows = [[dice.gauss(0, 2) for _ in range(vocab)] for _ in range(4)]
+        few, many = dice.sample(range(30), 9), range(1, vocab)
+        bound = [request(position, seed=row, **params) for row in range(4)]
+        for key, each in enumerate(bound):
+            each.key = key
+        bound[0].grammar, bound[2].grammar = SomeOf(*few), SomeOf(*many)
+        tokens = sample(rows, bound)
+        for row, allowed in ((0, set(few)), (1, set(range(vocab))), (2, set(many))):
+            masked = [x if i in allowed else -math.inf for i, x in enumerate(rows[row])]
+            assert [tokens[row]] == sample([masked], [request(position, seed=row, **params)])
 
 
 def test_a_grammar_rules_a_row_and_says_when_it_is_complete() -> None:
