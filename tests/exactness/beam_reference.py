@@ -50,9 +50,13 @@ class TableModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
 
 
 def reference(
-    model: Any, prompt: list[int], params: BeamSearchParams, eos_token_ids: Sequence[int]
+    model: Any,
+    prompt: list[int],
+    params: BeamSearchParams,
+    eos_token_ids: Sequence[int],
+    **options: Any,
 ) -> list[tuple[list[int], float]]:
-    """Output token ids and scores that `generate` returns."""
+    """Output token ids and scores that `generate` returns; `options` are its own."""
     with torch.inference_mode():
         result = model.generate(
             torch.tensor([prompt]),
@@ -68,6 +72,7 @@ def reference(
             pad_token_id=model.config.vocab_size,  # no token, so that padding can be told
             output_scores=True,
             return_dict_in_generate=True,
+            **options,
         )
     rows = [
         [token_id for token_id in row[len(prompt) :] if token_id != model.config.vocab_size]

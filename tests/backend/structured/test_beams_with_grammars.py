@@ -8,6 +8,7 @@ without that token.
 """
 
 import json
+import math
 from itertools import product
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from footplate.backend.structured.interface import CompiledGrammar, GrammarError
 from footplate.frontend import AsyncLLMEngine, BeamSearchParams, EngineArgs
 from footplate.protocol.structured import StructuredOutputsParams
+from tests.exactness.beam_reference import reference as plain_reference
 
 from .sampling import EOS, TOKENIZER, VOCAB_SIZE
 from .whole_engine import TRANSLATOR, engine_of, make_model, save
@@ -82,29 +84,12 @@ def reference(
     """Token ids without `END`, and the sum of their log probabilities; best first."""
     assert params.structured_outputs is not None
     grammar = engine_of(eos).compile(TRANSLATOR.translate(params.structured_outputs))
-    with torch.inference_mode():
-        result = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
-            num_beams=params.beam_width,
-            num_return_sequences=params.beam_width,
-            max_new_tokens=params.max_tokens,
-            length_penalty=params.length_penalty,
-            early_stopping=params.early_stopping,
-            do_sample=False,
-            eos_token_id=[*eos, END],
-            pad_token_id=VOCAB_SIZE,  # no token, so that padding can be told
-            logits_processor=[MaskAndRenormalise(grammar, len(prompt))],
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
+    mask = MaskAndRenormalise(grammar, len(prompt))
     found = []
-    scores = result.sequences_scores.tolist() if params.beam_width > 1 else [0.0]
-    for row, score in zip(result.sequences[:, len(prompt) :].tolist(), scores, strict=True):
-        token_ids = [i for i in row if i != VOCAB_SIZE]
-        if not token_ids:
-            continue
-        total = score * len(token_ids) ** params.length_penalty
+    for token_ids, score in plain_reference(
+        model, prompt, params, [*eos, END], logits_processor=[mask]
+    ):
+        total = score * len(token_ids) ** params.length_penalty if token_ids else -math.inf
         if total > -1e6:  # others are no outputs: places that nothing was found for
             found.append(([i for i in token_ids if i != END], total))
     return found
