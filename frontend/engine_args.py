@@ -94,10 +94,11 @@ class EngineArgs:
     """Classes that requests may use, as "package.module:Class"; the engine core imports them."""
 
     reasoning_start_str: str | None = None
-    """What begins the model's thinking, for `thinking_token_budget`; "<think>" if not given."""
+    """What begins the model's thinking, for `thinking_token_budget`; if not given, the token "think"
+    in angle brackets."""
 
     reasoning_end_str: str | None = None
-    """What ends it; "</think>" if not given."""
+    """What ends it; if not given, the token "/think" in angle brackets."""
 
     threads: int | None = None
     """CPU threads of the forward pass; if not given the cores of the CPU set, or one for a very
