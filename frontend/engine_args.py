@@ -94,8 +94,8 @@ class EngineArgs:
     """Classes that requests may use, as "package.module:Class"; the engine core imports them."""
 
     reasoning_start_str: str | None = None
-    """What begins the model's thinking, for `thinking_token_budget`; if not given, the token "think"
-    in angle brackets."""
+    """What begins the model's thinking, for `thinking_token_budget`; if not given, the token
+    "think" in angle brackets."""
 
     reasoning_end_str: str | None = None
     """What ends it; if not given, the token "/think" in angle brackets."""
