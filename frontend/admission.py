@@ -31,28 +31,25 @@ class WaitingRequests:
             InvalidRequestError: it would not fit if nobody waited.
             QueueOverflowError: with the limit, and an estimate of when there is room.
         """
-        for name, count in (("reqs", num_reqs), ("tokens", num_tokens)):
-            limit = getattr(limits, f"max_num_queued_{name}")
-            if limit is not None and count > limit:
-                what = "requests" if name == "reqs" else "prompt tokens"
-                raise InvalidRequestError(
-                    f"{count} {what} can never wait together: max_num_queued_{name}={limit}; ask "
-                    "for less at once, or start the engine with a larger limit"
-                )
-        most = limits.max_num_queued_reqs
-        if most is not None and self.num_reqs + num_reqs > most:
-            wait_s = self._seconds_until_left(self.num_reqs + num_reqs - most, 0)
+        most_reqs, most_tokens = limits.max_num_queued_reqs, limits.max_num_queued_tokens
+        if most_reqs is None and most_tokens is None:
+            return  # asked twice of every request
+        if most_reqs is not None and num_reqs > most_reqs:
+            raise _never("requests", num_reqs, f"max_num_queued_reqs={most_reqs}")
+        if most_tokens is not None and num_tokens > most_tokens:
+            raise _never("prompt tokens", num_tokens, f"max_num_queued_tokens={most_tokens}")
+        if most_reqs is not None and self.num_reqs + num_reqs > most_reqs:
+            wait_s = self._seconds_until_left(self.num_reqs + num_reqs - most_reqs, 0)
             raise QueueOverflowError(
                 f"{self.num_reqs} requests wait, {num_reqs} more would be beyond "
-                f"max_num_queued_reqs={most}",
+                f"max_num_queued_reqs={most_reqs}",
                 wait_s,
             )
-        most = limits.max_num_queued_tokens
-        if most is not None and self.num_tokens + num_tokens > most:
-            wait_s = self._seconds_until_left(0, self.num_tokens + num_tokens - most)
+        if most_tokens is not None and self.num_tokens + num_tokens > most_tokens:
+            wait_s = self._seconds_until_left(0, self.num_tokens + num_tokens - most_tokens)
             raise QueueOverflowError(
                 f"prompts of {self.num_tokens} tokens wait, {num_tokens} more would be beyond "
-                f"max_num_queued_tokens={most}",
+                f"max_num_queued_tokens={most_tokens}",
                 wait_s,
             )
 
@@ -87,3 +84,10 @@ class WaitingRequests:
         if num_tokens:
             waits.append(num_tokens * seconds / tokens if tokens else DEFAULT_RETRY_S)
         return min(max(waits), MAX_RETRY_S)
+
+
+def _never(what: str, count: int, limit: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{count} {what} can never wait together: {limit}; ask for less at once, or start the "
+        "engine with a larger limit"
+    )

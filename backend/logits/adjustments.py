@@ -1,7 +1,8 @@
 """What a request does to its logits, in order.
 
 The order is vLLM's: allowed tokens, bad words, min_tokens, logit_bias, custom processors, and
-penalties. Then the thinking budget, and at last the grammar, which nothing before it can break.
+penalties, and then the thinking budget. Last comes the grammar's mask, which nothing before it can
+break; `LogitRows` applies it, because there a row may be left for the few tokens that are allowed.
 Where the grammar leaves no other choice it also wins over min_tokens and over the thinking budget.
 """
 

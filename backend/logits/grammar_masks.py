@@ -1,5 +1,5 @@
-"""Which tokens the grammars of requests allow next: masks that are made while the model computes
-the logits that they are for."""
+"""Which tokens the grammars of requests allow next: masks that are begun when the token before is
+known, and made while the model computes the logits that they are for."""
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
