@@ -22,6 +22,7 @@ from footplate.backend.engine_core import EngineCore
 from footplate.backend.inbox import Inbox, Joined, Left, Unreadable
 from footplate.backend.logits.processor import load_processors
 from footplate.backend.outbox import Outbox
+from footplate.backend.pulse import Pulse
 from footplate.backend.runner.load import load_runner
 from footplate.backend.structured.compiler import GrammarCompiler
 from footplate.backend.structured.interface import GrammarEngine
@@ -36,6 +37,7 @@ from footplate.protocol.messages import (
     Goodbye,
     Hello,
     ModelFacts,
+    Ping,
     Progress,
     Refused,
     Welcome,
@@ -62,9 +64,10 @@ def run_core(config: CoreConfig, death_line: int) -> None:
     _watch_death_line(death_line, files)
     try:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        pulse = Pulse()
         with files.claim_address():
             try:
-                inbox = Inbox(context, config.address)
+                inbox = Inbox(context, config.address, pulse)
             except zmq.ZMQError as error:
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
@@ -72,7 +75,7 @@ def run_core(config: CoreConfig, death_line: int) -> None:
         outbox = Outbox()
         try:
             core = _start(config, inbox)
-            run_busy_loop(core, inbox, outbox)
+            run_busy_loop(core, inbox, outbox, pulse)
         except Exception as error:
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
             inbox.announce(Refused("start", root_cause(error)))
@@ -121,6 +124,8 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
         process_id=os.getpid(),
         phases=phases.finish(),
         requests=config.requests,
+        has_crashed=config.has_crashed,
+        weights_version=config.weights_version,
     )
     gc.freeze()  # nor need it do so later
     gc.enable()
@@ -138,7 +143,7 @@ def _grammar_compiler(model: ModelFacts, wake: Callable[[], None]) -> GrammarCom
     return GrammarCompiler({"llguidance": make_llguidance}, wake)
 
 
-def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
+def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> None:
     """Drive `core` for ever. Sleeps only when there is nothing to do: between two steps a
     blocking receive would add its wake-up latency to every token."""
     encoder = Encoder()
@@ -153,7 +158,7 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
                     outbox.leave(client)
                 case Unreadable(handle=handle, why=why):
                     core.refuse(client, handle, why)
-                case Hello() | Goodbye():
+                case Hello() | Goodbye() | Ping():
                     raise AssertionError("the inbox keeps these to itself")
                 case GetStats(call=call):
                     # Only here the core's books and the inbox's come together.
@@ -162,7 +167,9 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
                 case _:
                     if reply := core.handle(client, event):
                         outbox.send(client, encoder.encode(reply))
+        pulse.begin()
         core.step()
+        pulse.end()
         for client, outputs in core.take_outputs():
             if not outbox.send(client, encoder.encode(outputs)):
                 core.leave(client)

@@ -17,12 +17,16 @@ from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfi
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
+    AttachRequest,
     ControlReply,
+    Drain,
     ErrorKind,
     FinishReason,
     GetStats,
     Limits,
+    ParkRequests,
     ResetPrefixCache,
+    ResumeRequests,
     Started,
     Stats,
     StepOutputs,
@@ -32,7 +36,16 @@ from footplate.protocol.token_params import Grammar
 logger = logging.getLogger(__name__)
 
 ClientId = bytes
-Requested = AddRequest | AbortRequests | ResetPrefixCache | GetStats
+Requested = (
+    AddRequest
+    | AttachRequest
+    | AbortRequests
+    | ParkRequests
+    | ResumeRequests
+    | ResetPrefixCache
+    | GetStats
+    | Drain
+)
 
 
 class EngineCore:

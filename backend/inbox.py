@@ -15,6 +15,7 @@ from pathlib import Path
 import zmq
 
 from footplate.backend.engine_core import ClientId
+from footplate.backend.pulse import Pulse
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
     MAX_FRAMES,
@@ -29,6 +30,8 @@ from footplate.protocol.messages import (
     ClientMessage,
     Goodbye,
     Hello,
+    Ping,
+    Pong,
     Progress,
     Refused,
     Welcome,
@@ -71,9 +74,10 @@ class Inbox:
     """Owns the ROUTER and, until a client has joined, its PUSH. Knows who is here; knows nothing
     of requests."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, pulse: Pulse) -> None:
         """Bind `address`. Raises zmq.ZMQError when that is impossible."""
         self.num_bad_messages = 0
+        self._pulse = pulse
         self._context = context
         self._address = address
         self._encoder = Encoder()
@@ -201,7 +205,16 @@ class Inbox:
         if client not in self._clients:
             self._count_bad_message("a message from a client that has not said hello")
             return []
+        if isinstance(message, Ping):
+            self._answer_ping(client, message)
+            return []
         return [(client, message)]
+
+    def _answer_ping(self, client: ClientId, ping: Ping) -> None:
+        if isinstance(self._state, Welcome):  # otherwise it is about to end, and has said so
+            epoch, pulse = self._state.epoch, self._pulse
+            pong = Pong(ping.number, epoch, pulse.num_steps, pulse.is_busy, pulse.step_age_s)
+            self._answer(client, pong)
 
     def _count_bad_message(self, why: str) -> None:
         self.num_bad_messages += 1
@@ -287,7 +300,7 @@ class Inbox:
             for client in self._hopefuls:
                 self._answer(client, self._state)
 
-    def _answer(self, client: ClientId, message: Progress | Welcome | Refused) -> None:
+    def _answer(self, client: ClientId, message: Progress | Welcome | Refused | Pong) -> None:
         with suppress(zmq.ZMQError):  # it is gone, or reads nothing
             self._router.send_multipart([client, self._encoder.encode(message)], zmq.NOBLOCK)
 

@@ -270,7 +270,7 @@ class AsyncLLMEngine:
                 num_tokens = len(stream.prompt_token_ids)
                 self._client.waiting.require_room(requests, params.n, num_tokens)
                 self._session.send(message)
-                self._client.enqueue(stream)
+                self._client.enqueue(stream, message)
         except BaseException:
             self._client.discard(stream)
             raise

@@ -84,20 +84,18 @@ class BeamCall:
         stream.begin(None, self._prompt_token_ids, None, prior_token_ids=prior_token_ids)
         self._client.open(stream)
         try:
-            self._session.send(
-                AddRequest(
-                    handle,
-                    self._prompt_token_ids,
-                    params,
-                    self._schedule.priority,
-                    self._cache_salt,
-                    prior_token_ids=prior_token_ids,
-                ),
-                # One by one, the first would have a step of the engine for itself.
-                gather=True,
+            message = AddRequest(
+                handle,
+                self._prompt_token_ids,
+                params,
+                self._schedule.priority,
+                self._cache_salt,
+                prior_token_ids=prior_token_ids,
             )
+            # One by one, the first would have a step of the engine for itself.
+            self._session.send(message, gather=True)
         except BaseException:
             self._client.discard(stream)
             raise
-        self._client.enqueue(stream)
+        self._client.enqueue(stream, message)
         return stream

@@ -77,6 +77,10 @@ class Completion:
         """Output tokens received; the next one has this position."""
         return len(self._token_ids)
 
+    def copy_token_ids(self) -> list[int]:
+        """Output tokens received."""
+        return self._token_ids.copy()
+
     def push(self, token_ids: Sequence[int], now: float) -> bool:
         """Take tokens that follow those received so far; True if a stop string ended it.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from footplate.frontend.admission import WaitingRequests
 from footplate.frontend.completion import Completion
+from footplate.frontend.replay import continuation
 from footplate.frontend.stream import RequestStream
 from footplate.protocol.errors import (
     DuplicateRequestError,
@@ -14,6 +15,7 @@ from footplate.protocol.errors import (
 )
 from footplate.protocol.messages import (
     AbortRequests,
+    AddRequest,
     ErrorKind,
     Finished,
     FinishReason,
@@ -65,12 +67,22 @@ class EngineClient:
         for completion in stream.completions:
             self._by_handle[completion.handle] = completion
 
-    def enqueue(self, stream: RequestStream) -> None:
-        """Its request is about to be sent: it waits from now on."""
+    def enqueue(self, stream: RequestStream, message: AddRequest) -> None:
+        """Its request is on its way: it waits from now on."""
+        stream.sent = message
         stream.num_queued_tokens = len(stream.prompt_token_ids)
         self.waiting.enter(len(stream.completions), stream.num_queued_tokens)
         for completion in stream.completions:
             completion.is_waiting = True
+
+    def replay(self, now: float) -> list[AddRequest]:
+        """What to send to another core, so that every live request goes on in it.
+
+        Args:
+            now: monotonic seconds.
+        """
+        streams = self._by_request_id.values()
+        return [message for stream in streams for message in continuation(stream, now)]
 
     def discard(self, stream: RequestStream) -> None:
         """Take back `open`: its request has never been sent."""

@@ -9,7 +9,8 @@ class EngineState(Enum):
     NEW = auto()  # nothing is running yet
     STARTING = auto()  # the core is loading, or being connected to
     SERVING = auto()
-    DEAD = auto()  # the core ended without being asked to
+    RESTARTING = auto()  # the core is gone, another is on its way; requests wait for it
+    DEAD = auto()  # the core ended without being asked to, and no other has come
     STOPPED = auto()  # shut down by its owner
 
 
@@ -19,6 +20,7 @@ class EngineEvent(Enum):
     START = auto()
     READY = auto()
     GIVE_UP = auto()  # nothing to attach to: it may be tried again
+    LOSE = auto()  # the core is gone, and is to be replaced
     DIE = auto()
     STOP = auto()
 
@@ -30,10 +32,14 @@ TRANSITIONS = {
     (EngineState.STARTING, EngineEvent.READY): EngineState.SERVING,
     (EngineState.STARTING, EngineEvent.GIVE_UP): EngineState.NEW,
     (EngineState.STARTING, EngineEvent.DIE): EngineState.DEAD,
+    (EngineState.SERVING, EngineEvent.LOSE): EngineState.RESTARTING,
     (EngineState.SERVING, EngineEvent.DIE): EngineState.DEAD,
+    (EngineState.RESTARTING, EngineEvent.READY): EngineState.SERVING,
+    (EngineState.RESTARTING, EngineEvent.DIE): EngineState.DEAD,
     (EngineState.NEW, EngineEvent.STOP): EngineState.STOPPED,
     (EngineState.STARTING, EngineEvent.STOP): EngineState.STOPPED,
     (EngineState.SERVING, EngineEvent.STOP): EngineState.STOPPED,
+    (EngineState.RESTARTING, EngineEvent.STOP): EngineState.STOPPED,
     (EngineState.DEAD, EngineEvent.STOP): EngineState.STOPPED,
     (EngineState.STOPPED, EngineEvent.STOP): EngineState.STOPPED,
 }

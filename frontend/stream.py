@@ -9,7 +9,7 @@ from footplate.frontend.logprobs import Logprobs, ScoredTokens
 from footplate.frontend.output_text import OutputText
 from footplate.frontend.outputs import RequestMetrics, RequestOutput
 from footplate.protocol.errors import FootplateError
-from footplate.protocol.messages import FinishReason, LogprobRows, Started
+from footplate.protocol.messages import AddRequest, FinishReason, LogprobRows, Started
 from footplate.protocol.params import RequestOutputKind, SamplingParams
 
 
@@ -23,6 +23,8 @@ class RequestStream:
         completions: one for each of `n`; the handles are consecutive.
         num_unfinished: completions that have not ended.
         num_queued_tokens: prompt tokens that wait for their first step, as far as is known.
+        sent: its request, once it is on its way to the core: with it and the tokens so far it can
+            be given to another core.
     """
 
     __slots__ = (
@@ -44,6 +46,7 @@ class RequestStream:
         "prompt_token_ids",
         "request_id",
         "seed",
+        "sent",
     )
 
     def __init__(
@@ -71,6 +74,7 @@ class RequestStream:
         self.metrics = metrics
         self.num_cached_tokens: int | None = None
         self.num_queued_tokens = 0
+        self.sent: AddRequest | None = None
         self.prompt_scored: ScoredTokens | None = None
         self._prompt_logprobs: Logprobs | None = None
         self.is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY

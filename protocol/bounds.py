@@ -15,6 +15,8 @@ MAX_SEED = 2**63 - 1
 MAX_FLOAT = sys.float_info.max
 
 MAX_N = 16_384
+MAX_REQUEST_ID_CHARS = 512  # of a request that outlives its client; others stay in the client
+MAX_SESSION_BYTES = 64
 MAX_PENALTY = 2.0
 MAX_LOGIT_BIAS = 100.0  # larger ones are clamped, as in vLLM
 MAX_LOGIT_BIAS_ENTRIES = 4096

@@ -65,6 +65,10 @@ class RequestConfig(msgspec.Struct, frozen=True, kw_only=True):
         reasoning_end_str: likewise for its end, "</think>".
         max_num_queued_reqs: most requests that wait for their first step; None is no limit.
         max_num_queued_tokens: most prompt tokens of theirs; None is no limit.
+        max_unread_tokens: most tokens of a completion that its consumer has not read before the
+            request is parked; None is no limit.
+        lease_s: how long a request with an id outlives its client's connection, in seconds.
+        lease_bytes: most memory for what such requests have produced, per session.
     """
 
     max_logprobs: int = 20
@@ -77,6 +81,9 @@ class RequestConfig(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_end_str: str | None = None
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
+    max_unread_tokens: int | None = 4096
+    lease_s: float = 60.0
+    lease_bytes: int = 64 * 2**20
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +110,8 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         address: where the core binds its ROUTER: `ipc:///path` or `tcp://127.0.0.1:port`.
         private_dir: a folder made for this core alone; the core removes it when it ends.
         log_level: a name known to `logging`.
+        weights_version: names the weights in outputs.
+        has_crashed: whether the core before this one, at this address, ended by itself.
     """
 
     address: str
@@ -112,3 +121,5 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: SchedulerConfig = SchedulerConfig()
     requests: RequestConfig = RequestConfig()
     log_level: str = "WARNING"
+    weights_version: str = ""
+    has_crashed: bool = False

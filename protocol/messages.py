@@ -1,10 +1,11 @@
 """Every message that crosses the process boundary, and nothing else.
 
-Client to core, DEALER to ROUTER: Hello, AddRequest, AbortRequests, Goodbye, and the control calls
-ResetPrefixCache and GetStats.
+Client to core, DEALER to ROUTER: Hello, Ping, AddRequest, AttachRequest, AbortRequests,
+ParkRequests, ResumeRequests, Goodbye, and the control calls ResetPrefixCache, GetStats and Drain.
 
-Core to client: Welcome, Progress and Refused answer Hello on the same socket. StepOutputs,
-ControlReply and EngineFailed come from the core's PUSH to the client's PULL.
+Core to client: Welcome, Progress and Refused answer Hello on the same socket, as Pong does Ping.
+StepOutputs, Attached, ControlReply, EngineFailed and EngineStopping come from the core's PUSH to
+the client's PULL.
 
 One ZeroMQ frame carries one msgpack array: the tag, then the fields in order. Fields are only
 ever appended, with a default: an older peer ignores what it does not know, a newer one fills
@@ -19,12 +20,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from footplate.protocol.bounds import MAX_N
+from footplate.protocol.bounds import MAX_N, MAX_REQUEST_ID_CHARS, MAX_SESSION_BYTES
 from footplate.protocol.config import RequestConfig
 from footplate.protocol.token_params import TokenParams
 
 # Major: the peers cannot talk. Minor: fields or messages were appended.
-PROTOCOL_VERSION = (1, 1)
+PROTOCOL_VERSION = (1, 2)
 
 
 class FinishReason(IntEnum):
@@ -53,6 +54,9 @@ class ErrorKind(IntEnum):
     GRAMMAR = 3  # the grammar does not compile, is too large, or allows nothing more
     PROCESSOR = 4  # a custom logits processor raised
     LOGITS = 5  # the logits are no distribution: NaN, infinity, or no token is possible
+    MEMORY = 6  # a step with this request alone does not fit into memory
+    DRAINING = 7  # the engine takes no new requests, because it is about to end
+    LOST = 8  # there is nothing of this id to attach to
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -69,10 +73,22 @@ class Hello(Message, tag="hello", frozen=True):
         version: the client's `PROTOCOL_VERSION`.
         output_endpoint: the bound address of the client's PULL. Over ipc it must be the one
             that `links.output_endpoint` derives, so that a core never opens a foreign path.
+        session: names the client across connections: a routing id lasts for one. Whoever knows
+            it can take over what its requests have produced. Empty: nothing outlives this
+            connection.
+        output_key: the public key of the client's PULL on links that are encrypted (Z85).
     """
 
     version: tuple[int, int]
     output_endpoint: str
+    session: Annotated[bytes, Meta(max_length=MAX_SESSION_BYTES)] = b""
+    output_key: str = ""
+
+
+class Ping(Message, tag="ping", frozen=True):
+    """Are you alive? Answered by the thread that hears it, also during a step."""
+
+    number: int
 
 
 class AddRequest(Message, tag="add", frozen=True):
@@ -89,6 +105,11 @@ class AddRequest(Message, tag="add", frozen=True):
         age_s: how long ago the request arrived, in seconds.
         ttft_deadline_s: most seconds from arrival to the first token.
         deadline_s: most seconds from arrival to the last token.
+        is_replay: another core had taken it in: no limit of the queue applies.
+        run_alone: no other request takes part in its steps until it has a new token: cores have
+            ended in steps that it took part in.
+        request_id: under which it can be attached to when its client has gone and come back;
+            None ends it with its client.
     """
 
     handle: int
@@ -101,11 +122,39 @@ class AddRequest(Message, tag="add", frozen=True):
     age_s: Annotated[float, Meta(ge=0)] = 0.0
     ttft_deadline_s: float | None = None
     deadline_s: float | None = None
+    is_replay: bool = False
+    run_alone: bool = False
+    request_id: Annotated[str, Meta(min_length=1, max_length=MAX_REQUEST_ID_CHARS)] | None = None
+
+
+class AttachRequest(Message, tag="attach", frozen=True):
+    """Go on with a request that this session had under `request_id`, in this connection or one
+    before. Answered by `Attached` and all of its tokens from position 0 on, or by its end.
+
+    Attributes:
+        handle: its new one.
+    """
+
+    handle: int
+    request_id: str
 
 
 class AbortRequests(Message, tag="abort", frozen=True):
     """Free everything these requests hold. Unknown and finished handles are no error: an abort
     may cross its request's last token on the wire."""
+
+    handles: list[int]
+
+
+class ParkRequests(Message, tag="park", frozen=True):
+    """Nobody reads what these produce: run them no further, and give what they hold to others.
+    Unknown and finished handles are no error."""
+
+    handles: list[int]
+
+
+class ResumeRequests(Message, tag="resume", frozen=True):
+    """Run these again. Handles that are not parked are no error."""
 
     handles: list[int]
 
@@ -124,6 +173,17 @@ class GetStats(Message, tag="get_stats", frozen=True):
     """Answered by a ControlReply with `stats`."""
 
     call: int
+
+
+class Drain(Message, tag="drain", frozen=True):
+    """Take no new requests; answered when there is none left.
+
+    Attributes:
+        timeout_s: then those that are left end with `FinishReason.ABORT`. None waits for ever.
+    """
+
+    call: int
+    timeout_s: float | None = None
 
 
 # ---- core to client
@@ -170,6 +230,11 @@ class Welcome(Message, tag="welcome", frozen=True):
         epoch: random per core process; outputs of another epoch are not for this session.
         phases: seconds that each phase of start-up took.
         requests: what requests may ask for.
+        suspects: handles of this session's requests that took part in the step in which the core
+            before this one ended.
+        has_crashed: whether that core ended by itself; False when it was killed from outside,
+            and when there was none.
+        weights_version: as it was given to the engine.
     """
 
     epoch: int
@@ -179,6 +244,26 @@ class Welcome(Message, tag="welcome", frozen=True):
     process_id: int
     phases: dict[str, float]
     requests: RequestConfig = RequestConfig()
+    suspects: list[int] = []
+    has_crashed: bool = False
+    weights_version: str = ""
+
+
+class Pong(Message, tag="pong", frozen=True):
+    """What the core is doing.
+
+    Attributes:
+        number: of the Ping.
+        num_steps: steps begun since the core's start.
+        is_busy: whether it is inside a step; False is idle, which is not hung.
+        step_age_s: how long it has been there, in seconds.
+    """
+
+    number: int
+    epoch: int
+    num_steps: int
+    is_busy: bool
+    step_age_s: float
 
 
 class Progress(Message, tag="progress", frozen=True):
@@ -263,7 +348,15 @@ class StepOutputs(Message, tag="out", frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True):
-    """The core's books at the end of a step. Token counts are totals since the start."""
+    """The core's books at the end of a step. Token counts are totals since the start.
+
+    Attributes:
+        num_parked: requests whose client does not read.
+        num_detached: requests that run, or have ended, without their client.
+        num_void_steps: steps that raised and were run again in parts.
+        num_corrupted_requests: ended because their logits were no distribution.
+        num_rejected_peers: connections that were not let in.
+    """
 
     num_running: int
     num_waiting: int
@@ -276,6 +369,11 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     prefix_cache_queries: int
     prefix_cache_hits: int
     num_bad_messages: int
+    num_parked: int = 0
+    num_detached: int = 0
+    num_void_steps: int = 0
+    num_corrupted_requests: int = 0
+    num_rejected_peers: int = 0
 
 
 class ControlReply(Message, tag="reply", frozen=True):
@@ -293,5 +391,45 @@ class EngineFailed(Message, tag="failed", frozen=True):
     cause: str
 
 
-ClientMessage = Hello | AddRequest | AbortRequests | Goodbye | ResetPrefixCache | GetStats
-CoreMessage = Welcome | Progress | Refused | StepOutputs | ControlReply | EngineFailed
+class Attached(Message, tag="attached", frozen=True):
+    """The request that an `AttachRequest` has found; its tokens follow.
+
+    Attributes:
+        handle: the new one.
+        request: as it was added, under its old handle.
+    """
+
+    handle: int
+    request: AddRequest
+
+
+class EngineStopping(Message, tag="stopping", frozen=True):
+    """The last message of a core that was told to end: no other will take its place."""
+
+    reason: str
+
+
+ClientMessage = (
+    Hello
+    | Ping
+    | AddRequest
+    | AttachRequest
+    | AbortRequests
+    | ParkRequests
+    | ResumeRequests
+    | Goodbye
+    | ResetPrefixCache
+    | GetStats
+    | Drain
+)
+CoreMessage = (
+    Welcome
+    | Progress
+    | Refused
+    | Pong
+    | StepOutputs
+    | Attached
+    | ControlReply
+    | EngineFailed
+    | EngineStopping
+)

@@ -8,6 +8,7 @@ import pytest
 import zmq
 
 from footplate.backend.inbox import MAX_BATCHES, Inbox
+from footplate.backend.pulse import Pulse
 
 PATIENCE_S = 30.0
 
@@ -15,7 +16,7 @@ PATIENCE_S = 30.0
 @pytest.fixture
 def inbox(tmp_path: Path) -> Iterator[Inbox]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    inbox = Inbox(context, f"ipc://{tmp_path}/x")
+    inbox = Inbox(context, f"ipc://{tmp_path}/x", Pulse())
     yield inbox
     inbox.close()
     context.destroy(linger=0)

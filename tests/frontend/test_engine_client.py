@@ -18,6 +18,7 @@ from footplate.protocol.errors import (
 )
 from footplate.protocol.messages import (
     AbortRequests,
+    AddRequest,
     ErrorKind,
     Finished,
     FinishReason,
@@ -25,6 +26,7 @@ from footplate.protocol.messages import (
     Started,
     StepOutputs,
 )
+from footplate.protocol.token_params import TokenParams
 
 
 class Letters:
@@ -298,9 +300,14 @@ async def test_rows_that_are_no_rows_are_an_error(ids: bytes, logprobs: bytes) -
 # ---- who waits
 
 
+def request_of(stream: RequestStream) -> AddRequest:
+    params = TokenParams(0.0, 1.0, 0, 0.0, stream.seed, 100, 0, ())
+    return AddRequest(stream.handle, stream.prompt_token_ids, params, n=stream.params.n)
+
+
 def enqueue(client: EngineClient, request_id: str, **params: Any) -> RequestStream:
     stream = open_stream(client, request_id, **params)
-    client.enqueue(stream)
+    client.enqueue(stream, request_of(stream))
     return stream
 
 

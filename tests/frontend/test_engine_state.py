@@ -29,6 +29,6 @@ def test_every_state_can_be_reached_from_a_new_engine() -> None:
     assert reached == set(EngineState)
 
 
-def test_only_an_engine_that_is_starting_becomes_ready() -> None:
+def test_only_an_engine_that_is_starting_or_restarting_becomes_ready() -> None:
     before = [state for (state, event) in TRANSITIONS if event is EngineEvent.READY]
-    assert before == [EngineState.STARTING]
+    assert before == [EngineState.STARTING, EngineState.RESTARTING]

@@ -1,0 +1,32 @@
+"""What the busy loop is doing, for those who ask from outside."""
+
+import time
+
+
+class Pulse:
+    """Written by the main thread, read by any other: a reading may be one step old.
+
+    Attributes:
+        num_steps: begun since the start.
+        is_busy: whether the main thread is inside a step.
+    """
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.is_busy = False
+        self._since = 0.0
+
+    @property
+    def step_age_s(self) -> float:
+        """How long the current step has taken so far; 0 between two."""
+        return time.monotonic() - self._since if self.is_busy else 0.0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._since = time.monotonic()
+        self.num_steps += 1
+        self.is_busy = True
+
+    def end(self) -> None:
+        """It is over."""
+        self.is_busy = False
