@@ -53,8 +53,8 @@ class CoreFiles:
         _remove_dead_sockets_beside(path)
 
     def remove(self) -> None:
-        """Remove socket, lock and private folder, once: when the lock is gone, another core may
-        be using the same names."""
+        """Remove socket and lock, once: when the lock is gone, another core may be using the same
+        names. The folder stays, for a core that takes this one's place."""
         with self._mutex:
             if self._is_removed:
                 return
@@ -64,8 +64,12 @@ class CoreFiles:
                 if not _is_in_the_way(self._socket):
                     self._socket.unlink(missing_ok=True)
                 _lock_path(self._socket).unlink(missing_ok=True)
-            if self._private_dir is not None:
-                shutil.rmtree(self._private_dir, ignore_errors=True)
+
+    def remove_all(self) -> None:
+        """The parent is gone, so no other core will come: the private folder goes as well."""
+        self.remove()
+        if self._private_dir is not None:
+            shutil.rmtree(self._private_dir, ignore_errors=True)
 
 
 def _is_in_the_way(path: Path) -> bool:

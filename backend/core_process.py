@@ -236,7 +236,7 @@ def _watch_death_line(death_line: int, files: CoreFiles) -> None:
         with suppress(OSError):
             while os.read(death_line, 4096):
                 pass  # the parent has nothing more to say; only the end counts
-        files.remove()
+        files.remove_all()
         sys.stderr.flush()
         # Not sys.exit: the main thread may be deep in a forward pass, and nothing of what it
         # holds is worth waiting for.

@@ -84,6 +84,21 @@ class EngineClient:
         streams = self._by_request_id.values()
         return [message for stream in streams for message in continuation(stream, now)]
 
+    def is_live(self, handle: int) -> bool:
+        """Whether outputs are expected for this handle."""
+        return handle in self._by_handle
+
+    def num_tokens(self, handle: int) -> int:
+        """Output tokens of a live handle so far."""
+        return self._by_handle[handle].num_tokens
+
+    def fail(self, handle: int, error: RequestFailedError) -> None:
+        """End the whole request that a live handle is part of. The core has not heard of it, or
+        is not to hear of it again."""
+        stream = self._by_handle[handle].stream
+        stream.fail(RequestFailedError(f"request {stream.request_id!r}: {error}"))
+        self._forget(stream)
+
     def discard(self, stream: RequestStream) -> None:
         """Take back `open`: its request has never been sent."""
         self._forget(stream)

@@ -24,7 +24,7 @@ from footplate.protocol.errors import (
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
-    EngineFailed,
+    EngineStopping,
     Finished,
     FinishReason,
     LogprobRows,
@@ -171,7 +171,7 @@ async def test_the_engines_death_is_the_searchs(engine: AsyncLLMEngine, core: Sc
     task = search(engine)
     await core.push(scores_of(await core.hear_request()))
     await core.hear_request()
-    await core.push(EngineFailed("it was killed"))
+    await core.push(EngineStopping("it was killed"))
     with pytest.raises(EngineDeadError, match="it was killed"):
         await task
 

@@ -138,8 +138,15 @@ MOVED: dict[str, tuple[Any, str]] = {
     "reasoning_start_str": ("[THINK]", "requests.reasoning_start_str"),
     "reasoning_end_str": ("[/THINK]", "requests.reasoning_end_str"),
     "log_level": ("ERROR", "log_level"),
+    "weights_version": ("v2", "weights_version"),
 }
-OF_THE_CLIENT = {"start_timeout_s"}
+OF_THE_CLIENT = {
+    "start_timeout_s",
+    "max_restarts",
+    "restart_window_s",
+    "stall_timeout_s",
+    "hang_timeout_s",
+}
 
 
 def test_every_argument_reaches_the_core() -> None:
