@@ -172,6 +172,22 @@ class AsyncLLMEngine:
             require_number("timeout_s", timeout_s, 0.0, math.inf)
         await self._session.drain(timeout_s)
 
+    async def replace_core(self, engine_args: EngineArgs) -> None:
+        """Go on with another core: new weights of the same architecture, other limits. It is
+        started beside the one there is, which serves until the other is ready; then every stream
+        goes on in that one, behind the tokens it has. `CompletionOutput.weights_versions` says from
+        which position on which weights made them.
+
+        Args:
+            engine_args: of the new core, and of those that take its place later.
+
+        Raises:
+            EngineStartError: the new core could not start. The old one goes on.
+            EngineError: it has another architecture or vocabulary, or this engine is somebody
+                else's; likewise.
+        """
+        await self._session.replace_core(engine_args)
+
     def start_background_loop(self) -> None:
         """Begin to start without waiting; needs a running loop. The name is vLLM's."""
         if self.errored:

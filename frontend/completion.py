@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from footplate.frontend.logprobs import Logprobs, ScoredTokens
 from footplate.frontend.output_text import OutputText
-from footplate.frontend.outputs import CompletionOutput
+from footplate.frontend.outputs import CompletionOutput, WeightsVersions
 from footplate.protocol.messages import Finished, FinishReason, LogprobRows
 from footplate.protocol.params import RequestOutputKind, SamplingParams
 
@@ -41,6 +41,7 @@ class Completion:
         "scored",
         "stream",
         "text",
+        "weights_versions",
     )
 
     def __init__(self, stream: "RequestStream", index: int, handle: int) -> None:
@@ -54,6 +55,7 @@ class Completion:
         self.text: OutputText | None = None  # set when the prompt has been encoded
         self.scored: ScoredTokens | None = None  # likewise, if logprobs were asked for
         self.is_waiting = False  # sent, and not started
+        self.weights_versions: WeightsVersions = ()
         # How many tokens there must be for an output: the first and the end have one of their own.
         # `NEVER` when the last has been taken, and where only that one is wanted.
         self._due_at = NEVER if stream.is_final_only else 1
@@ -80,6 +82,14 @@ class Completion:
     def copy_token_ids(self) -> list[int]:
         """Output tokens received."""
         return self._token_ids.copy()
+
+    def note_weights(self, version: str) -> None:
+        """What comes from here on is made by weights of this name."""
+        position, versions = len(self._token_ids), self.weights_versions
+        if versions and versions[-1][0] == position:
+            versions = versions[:-1]
+        if not versions or versions[-1][1] != version:
+            self.weights_versions = (*versions, (position, version))
 
     def push(self, token_ids: Sequence[int], now: float) -> bool:
         """Take tokens that follow those received so far; True if a stop string ended it.
@@ -169,4 +179,5 @@ class Completion:
             self._stop_reason,
             logprobs,
             cumulative,
+            self.weights_versions,
         )

@@ -122,7 +122,8 @@ class EngineArgs:
     """A core that gets no further for this long, or does not answer, is ended and replaced."""
 
     weights_version: str = ""
-    """A name for the weights, told with every output; see `AsyncLLMEngine.replace_core`."""
+    """A name for the weights, told with every output; if not given, `model`. See
+    `AsyncLLMEngine.replace_core`."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
     """Of the engine core's log on standard error."""
@@ -220,7 +221,7 @@ class EngineArgs:
                 max_num_queued_tokens=self.max_num_queued_tokens,
             ),
             log_level=self.log_level,
-            weights_version=self.weights_version,
+            weights_version=self.weights_version or self.model,
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from footplate.frontend.admission import WaitingRequests
 from footplate.frontend.completion import Completion
+from footplate.frontend.outputs import WeightsVersions
 from footplate.frontend.replay import continuation
 from footplate.frontend.stream import RequestStream
 from footplate.protocol.errors import (
@@ -39,6 +40,7 @@ class EngineClient:
         self._by_handle: dict[int, Completion] = {}
         self._by_request_id: dict[str, RequestStream] = {}
         self._num_handles = 0
+        self._weights_versions: WeightsVersions = ((0, ""),)
         self.waiting = WaitingRequests()
 
     @property
@@ -65,7 +67,14 @@ class EngineClient:
         self.require_unused(stream.request_id)
         self._by_request_id[stream.request_id] = stream
         for completion in stream.completions:
+            completion.weights_versions = self._weights_versions
             self._by_handle[completion.handle] = completion
+
+    def note_weights(self, version: str) -> None:
+        """All tokens to come are made by weights of this name."""
+        self._weights_versions = ((0, version),)
+        for completion in self._by_handle.values():
+            completion.note_weights(version)
 
     def enqueue(self, stream: RequestStream, message: AddRequest) -> None:
         """Its request is on its way: it waits from now on."""

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from footplate.frontend.connection import Connection
 from footplate.frontend.control_calls import ControlCall, ControlCalls
 from footplate.frontend.core_watch import CoreWatch
+from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineEvent, EngineState, advance
 from footplate.frontend.health import Health, Restart
@@ -61,6 +62,10 @@ _WHY_CLOSED = {
     EngineState.STARTING: "the engine is still starting: await start()",
     EngineState.STOPPED: "the engine was shut down",
 }
+
+# What a core must have in common with the one before: to go on exactly, or to go on at all.
+_SAME_ARCHITECTURE = ("architecture", "vocab_size", "eos_token_ids")
+_SAME_MODEL = (*_SAME_ARCHITECTURE, "model", "dtype", "quantization", "num_parameters")
 
 T = TypeVar("T")
 ProgressCallback = Callable[[str, float], None]
@@ -189,7 +194,8 @@ class Session:
         self._require_wanted()
         try:
             if self._supervisor is not None:
-                self._address = self._supervisor.start(self._make_exit_callback())
+                self._supervisor.listen(self._make_exit_callback())
+                self._address = self._supervisor.start()
             self._welcome = await self._connect(self._start_timeout_s)
             self._require_wanted()
         except BaseException as error:
@@ -208,6 +214,7 @@ class Session:
             raise
         self._advance(EngineEvent.READY)
         self._starting = None
+        self._client.note_weights(self._welcome.weights_version)
         self._become_ready()
 
     async def _connect(self, timeout_s: float) -> Welcome:
@@ -353,7 +360,7 @@ class Session:
                 welcome = await self._attach_again(cause)
             else:
                 welcome = await self._start_another(self._supervisor, cause, has_failed)
-            self._require_same_model(welcome)
+            _require_same(self.welcome, welcome, _SAME_MODEL)
         except EngineError as error:
             self._die(error)
             return
@@ -361,13 +368,9 @@ class Session:
             logger.exception("the engine core cannot be replaced")
             self._die(EngineDeadError(f"{cause}; it could not be replaced: {error!r}"))
             return
-        self._welcome = welcome
         self._recovering = None
-        self._advance(EngineEvent.READY)
-        num_replayed = self._replay(cause, welcome)
-        self._become_ready()
+        num_replayed = self._go_on(cause, welcome)
         self.num_restarts += 1
-        self.num_replayed += num_replayed
         seconds = time.monotonic() - since
         logger.warning(
             "engine core replaced in %.2f s, %d requests go on in it; the one before: %s",
@@ -380,6 +383,16 @@ class Session:
                 self._on_restart(Restart(cause, self.num_restarts, num_replayed, seconds))
             except Exception:
                 logger.exception("the callback on_restart failed")
+
+    def _go_on(self, cause: str, welcome: Welcome) -> int:
+        """Serve with the core that has come; how many requests go on in it."""
+        self._welcome = welcome
+        self._advance(EngineEvent.READY)
+        self._client.note_weights(welcome.weights_version)
+        num_replayed = self._replay(cause, welcome)
+        self.num_replayed += num_replayed
+        self._become_ready()
+        return num_replayed
 
     async def _start_another(self, supervisor: Supervisor, cause: str, has_failed: bool) -> Welcome:
         had_served = True
@@ -409,22 +422,43 @@ class Session:
                     ) from None
                 await asyncio.sleep(REATTACH_S)
 
-    def _require_same_model(self, welcome: Welcome) -> None:
-        before, after = self.welcome, welcome
-        for name in (
-            "model",
-            "architecture",
-            "vocab_size",
-            "eos_token_ids",
-            "dtype",
-            "quantization",
-            "num_parameters",
-        ):
-            old, new = getattr(before.model, name), getattr(after.model, name)
-            if old != new:
-                raise EngineDeadError(
-                    f"the engine came back with another model: {name} was {old!r}, is {new!r}"
-                )
+    async def replace_core(self, args: EngineArgs) -> None:
+        """See `AsyncLLMEngine.replace_core`."""
+        if self._supervisor is None:
+            raise EngineError("only an engine with a core of its own can replace it")
+        self.require_serving()
+        # An engine of its own until it is known to be of use.
+        trial = Session(EngineClient(), Supervisor(args), None, args.start_timeout_s)
+        try:
+            await trial.start()
+            _require_same(self.welcome, trial.welcome, _SAME_ARCHITECTURE)
+            if self.state not in (EngineState.SERVING, EngineState.RESTARTING):
+                raise EngineClosedError("the engine ended while its core was being replaced")
+            predecessor = self._take_over(trial)
+        finally:
+            trial.stop()
+        self._patience = args.patience
+        try:
+            self._go_on("it was replaced on request", await self._connect(args.start_timeout_s))
+        except EngineStartError as error:  # it has died meanwhile, like any other core
+            self._recovering = asyncio.create_task(self._recover(str(error), has_failed=False))
+        await asyncio.to_thread(predecessor.stop)
+
+    def _take_over(self, trial: "Session") -> Supervisor:
+        """Make another session's core ours; what is left of our own is returned."""
+        assert self._supervisor is not None and trial._supervisor is not None
+        if self._recovering is not None:
+            self._recovering.cancel()
+            self._recovering = None
+        if self.state is EngineState.SERVING:
+            self._advance(EngineEvent.LOSE)
+        self._disconnect()
+        trial._disconnect()
+        predecessor, self._supervisor = self._supervisor, trial._supervisor
+        trial._supervisor = None
+        self._address = trial._address
+        self._supervisor.listen(self._make_exit_callback())
+        return predecessor
 
     def _replay(self, cause: str, welcome: Welcome) -> int:
         """Give the new core every live request, and how many those are."""
@@ -580,6 +614,15 @@ class Session:
     def _report_progress(self, progress: Progress) -> None:
         if self._on_progress is not None:
             self._on_progress(progress.phase, progress.fraction)
+
+
+def _require_same(before: Welcome, after: Welcome, names: Sequence[str]) -> None:
+    for name in names:
+        old, new = getattr(before.model, name), getattr(after.model, name)
+        if old != new:
+            raise EngineDeadError(
+                f"the engine core came back with another model: {name} was {old!r}, is {new!r}"
+            )
 
 
 def _retrieve_error(task: "asyncio.Task[None]") -> None:

