@@ -56,7 +56,7 @@ async def under_load(engine: AsyncLLMEngine) -> AsyncIterator[None]:
 async def core_after(engine: AsyncLLMEngine, process_id: int) -> int:
     """The pid of the core that took this one's place."""
     async with asyncio.timeout(PATIENCE_S):
-        while not engine.is_running or engine.process_id == process_id:
+        while not engine.is_running or engine.process_id == process_id:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert engine.process_id is not None
     return engine.process_id
