@@ -11,7 +11,8 @@ from footplate.backend.deadlines import Deadlines
 from footplate.backend.delivery import Delivery
 from footplate.backend.request import Request, State
 from footplate.backend.scheduler import Scheduler
-from footplate.backend.step import ModelRunner, StepPlan, StepResult, produced
+from footplate.backend.step import ModelRunner, StepPlan, StepResult, failures, produced
+from footplate.backend.step_guard import StepGuard
 from footplate.backend.structured.interface import CompiledGrammar, CompilesGrammars, GrammarError
 from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfig
 from footplate.protocol.messages import (
@@ -77,7 +78,7 @@ class EngineCore:
             enable_prefix_caching=caching,
         )
         self.epoch = epoch
-        self._runner = runner
+        self._guard = StepGuard(runner)
         self._clock = clock  # monotonic, seconds
         self._pool = BlockPool(facts.num_kv_blocks, cache.block_size)
         self._scheduler = Scheduler(
@@ -98,6 +99,7 @@ class EngineCore:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
+        self._num_corrupted_requests = 0
 
     @property
     def has_work(self) -> bool:
@@ -232,8 +234,7 @@ class EngineCore:
         now = self._clock()
         for request in self._deadlines.take_overdue(now):
             self._finish(request, FinishReason.DEADLINE)
-        plan = self._scheduler.schedule(now)
-        result = self._runner.execute(plan)
+        plan, result = self._guard.execute(self._scheduler.schedule(now))
         if not plan.requests:
             return
         self._num_steps += 1
@@ -242,9 +243,9 @@ class EngineCore:
             request = plan.requests[index]
             self._delivery.score_prompt(request.client, request.handle, rows)
         self._tell_tokens(plan, result)
-        for row, error in result.errors.items():
-            request = plan.requests[plan.sampling[row]]
+        for request, error in failures(plan, result):
             logger.info("request %d failed: %s", request.handle, error.message)
+            self._num_corrupted_requests += error.is_corrupted
             del self._requests[request.client][request.handle]
             self._delivery.end(
                 request.client, request.handle, FinishReason.ERROR, error.message, error.kind
@@ -303,6 +304,8 @@ class EngineCore:
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
             num_bad_messages=num_bad_messages,
+            num_void_steps=self._guard.num_void_steps,
+            num_corrupted_requests=self._num_corrupted_requests,
         )
 
     def check_ledger(self) -> None:

@@ -14,7 +14,7 @@ from footplate.backend.prefix_cache import PrefixCache
 from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Event, Request, State
 from footplate.backend.siblings import Siblings
-from footplate.backend.step import StepPlan, StepResult, produced
+from footplate.backend.step import RowError, StepPlan, StepResult, produced
 from footplate.backend.stopping import reason_to_stop
 from footplate.backend.waiting_queue import WaitingQueue
 from footplate.protocol.config import SchedulerConfig
@@ -59,6 +59,7 @@ class Scheduler:
         self._can_share = blocks_can_be_shared
         self._max_scored_rows = max_scored_rows
         self._running: list[Request] = []
+        self._max_num_running = config.max_num_seqs  # less for a while when memory was short
         self._waiting = WaitingQueue(self._by_priority)
         self._num_held = 0
         self._num_arrivals = 0
@@ -132,6 +133,7 @@ class Scheduler:
         was_held = request.state is State.HELD
         if request.state is State.RUNNING:
             self._take_blocks_from(request)
+            self._max_num_running = min(self._max_num_running + 1, self._config.max_num_seqs)
         request.advance(Event.FINISH)
         request.finish_reason = reason
         if request.num_cached_tokens < 0:
@@ -278,7 +280,7 @@ class Scheduler:
 
     def _try_admit(self, request: Request, now: float) -> bool:
         """Admit the first of the waiting, if there is a slot and there are blocks."""
-        if len(self._running) >= self._config.max_num_seqs:
+        if len(self._running) >= self._max_num_running:
             return False
         cached = self._cache.find(request)
         if not self._fits(request, cached):
@@ -332,11 +334,13 @@ class Scheduler:
         """Apply what the runner computed for `plan`; return who finished.
 
         They have left the scheduler and carry their `finish_reason`; so have those of
-        `result.errors`, which are not among them.
+        `result.errors` and `result.failed`, which are not among them.
         """
+        for index in result.failed:
+            self.finish(plan.requests[index], FinishReason.ERROR)
         for row in result.errors:
             # Before its blocks get names: what it computed last may be what is wrong.
-            self.finish(plan.requests[plan.sampling[row]], FinishReason.ERROR)
+            self._fail(plan.requests[plan.sampling[row]], result.errors[row])
         self._count_computed(plan, result)
         finished = []
         for row in result.already_complete:
@@ -364,7 +368,27 @@ class Scheduler:
                 self._complete(plan.requests[plan.sampling[row]], finished)
         if finished:
             self._running = [r for r in self._running if r.state is State.RUNNING]
+        if result.short_of_memory:
+            self._make_room_for(plan.requests[min(result.short_of_memory)])
         return finished
+
+    def _fail(self, request: Request, error: RowError) -> None:
+        if error.is_corrupted:
+            # Where keys and values went wrong nobody knows, so all that have a name lose it. Who
+            # shares some of them finds out by itself.
+            self._pool.forget(request.block_ids[: request.num_registered_blocks])
+        self.finish(request, FinishReason.ERROR)
+
+    def _make_room_for(self, request: Request) -> None:
+        """A request did not fit into memory, not even alone: the last in rank gives way.
+
+        It does not come back before one of the others has ended, or it would be the next to find
+        no memory, or the next reason for another to find none.
+        """
+        request.short_at = len(request.token_ids)
+        if len(self._running) > 1:
+            self._preempt(self._running.pop())
+            self._max_num_running = len(self._running)
 
     def _count_computed(self, plan: StepPlan, result: StepResult) -> None:
         block_size, caching = self._block_size, self._caching
