@@ -2,6 +2,8 @@
 
 import re
 
+from footplate.backend.termination import Terminated
+
 MAX_CHARS = 300
 
 # In this order: an object's repr holds an address, a URL may hold a path.
@@ -24,7 +26,9 @@ def describe_cause(error: BaseException) -> str:
     kind = type(error).__name__
     try:
         text = str(error)
-    except Exception:
+    except Terminated:
+        raise
+    except BaseException:  # sys.exit() in somebody's __str__ would end everybody's request
         return kind
     for pattern, name in _HIDDEN:
         text = pattern.sub(name, text)

@@ -253,7 +253,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    text = _text_of(error) if isinstance(error, RuntimeError) else ""
+    text = describe_cause(error) if isinstance(error, RuntimeError) else ""
     return any(words in text for words in OUT_OF_MEMORY_TEXTS)
 
 
@@ -262,14 +262,7 @@ def is_device_lost(error: BaseException) -> bool:
     whatever request."""
     if is_out_of_memory(error):
         return False
-    return type(error).__name__ == "AcceleratorError" or "CUDA error" in _text_of(error)
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # it may be of a class that is not ours
-        return ""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in describe_cause(error)
 
 
 def _let_go(error: BaseException | None) -> None:
