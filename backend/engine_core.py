@@ -94,7 +94,8 @@ class EngineCore:
         self._delivery = Delivery(epoch)
         self._requests: dict[ClientId, dict[int, Request]] = {}
         self._grammars = grammars
-        self._compiling: dict[int, list[Request]] = {}  # by the key of the first
+        # By the key of the first: who waits for a grammar, and how it ends then, if it does.
+        self._compiling: dict[int, tuple[list[Request], FinishReason | None]] = {}
         self._num_keys = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -153,6 +154,11 @@ class EngineCore:
             for handle in handles_of(message):
                 self.refuse(client, handle, str(refusal), refusal.kind)
             return
+        end, grammar = self._admission.end_of_prior(message), message.params.grammar
+        if end is not None and grammar is None:
+            for handle in handles_of(message):
+                self._delivery.end(client, handle, end)
+            return
         requests = make_requests(client, message, self._num_keys + 1, self._clock())
         self._num_keys += len(requests)
         for request in requests:
@@ -162,10 +168,10 @@ class EngineCore:
                 self._deadlines.add(request, message.ttft_deadline_s, message.deadline_s)
         # Held, they keep their place, and can end.
         self._scheduler.hold(requests)
-        if message.params.grammar is None:
+        if grammar is None:
             self._scheduler.release(requests)
         else:
-            self._compile(requests, message.params.grammar)
+            self._compile(requests, grammar, end)
 
     def refuse(
         self, client: ClientId, handle: int, why: str, kind: ErrorKind = ErrorKind.INVALID
@@ -190,9 +196,9 @@ class EngineCore:
 
     # ---- grammars
 
-    def _compile(self, requests: list[Request], grammar: Grammar) -> None:
+    def _compile(self, requests: list[Request], grammar: Grammar, end: FinishReason | None) -> None:
         """Release a request, or the siblings of one prompt, as soon as their grammar is compiled:
-        now, if it is."""
+        now, if it is. Or end them, if their output has come to its end."""
         key = requests[0].key
         outcome: CompiledGrammar | GrammarError | None
         if self._grammars is None:
@@ -200,26 +206,34 @@ class EngineCore:
         else:
             outcome = self._grammars.submit(key, grammar)
         if outcome is None:
-            self._compiling[key] = requests
+            self._compiling[key] = requests, end
         else:
-            self._on_compiled(requests, outcome)
+            self._on_compiled(requests, end, outcome)
 
     def _take_compiled(self) -> None:
         assert self._grammars is not None, "nobody compiles what is waited for"
         for key, outcome in self._grammars.take_finished():
-            self._on_compiled(self._compiling.pop(key), outcome)
+            self._on_compiled(*self._compiling.pop(key), outcome)
 
     def _on_compiled(
-        self, requests: list[Request], outcome: CompiledGrammar | GrammarError
+        self,
+        requests: list[Request],
+        end: FinishReason | None,
+        outcome: CompiledGrammar | GrammarError,
     ) -> None:
+        waited = [r for r in requests if r.state is State.HELD]  # not those that were aborted
         if isinstance(outcome, GrammarError):
+            for request in waited:
+                self._finish(request, FinishReason.ERROR, str(outcome), ErrorKind.GRAMMAR)
+        elif end is not None:
+            for request in waited:
+                # The end of a grammar comes before any other.
+                is_complete = _is_complete(outcome, request)
+                self._finish(request, FinishReason.STOP if is_complete else end)
+        else:
             for request in requests:
-                if request.state is State.HELD:  # it was not aborted meanwhile
-                    self._finish(request, FinishReason.ERROR, str(outcome), ErrorKind.GRAMMAR)
-            return
-        for request in requests:
-            request.grammar = outcome
-        self._scheduler.release(requests)
+                request.grammar = outcome
+            self._scheduler.release(requests)
 
     # ---- one step
 
@@ -313,3 +327,11 @@ class EngineCore:
         self._scheduler.check_ledger()
         live = sum(len(requests) for requests in self._requests.values())
         assert live == self._scheduler.num_running + self._scheduler.num_waiting
+
+
+def _is_complete(grammar: CompiledGrammar, request: Request) -> bool:
+    """Whether the grammar allows nothing behind the output that a request came with."""
+    try:
+        return grammar.start().advance(request.token_ids[request.num_prompt_tokens :])
+    except Exception:  # whatever the engine says of it, the output has an end already
+        return False

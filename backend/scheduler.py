@@ -31,6 +31,10 @@ class Scheduler:
     is next of those that wait is the waiting queue's to say. The best ranked running request always
     progresses, whatever happens to the others, so nothing deadlocks.
 
+    A request that runs alone is admitted like any other. From then on steps are its own, until it
+    has its first token here or has ended; who runs besides keeps what it holds, and pauses. It got
+    the blocks of its whole prompt when it was admitted, so it waits for nobody meanwhile.
+
     Args:
         enable_prefix_caching: whether blocks are found again by what they hold.
         blocks_can_be_shared: False where state is not addressed by block: not by siblings either.
@@ -59,6 +63,7 @@ class Scheduler:
         self._can_share = blocks_can_be_shared
         self._max_scored_rows = max_scored_rows
         self._running: list[Request] = []
+        self._alone: Request | None = None  # of those, the one whose steps are its own
         self._max_num_running = config.max_num_seqs  # less for a while when memory was short
         self._waiting = WaitingQueue(self._by_priority)
         self._num_held = 0
@@ -91,7 +96,7 @@ class Scheduler:
         """Take in a new request, or all the siblings of one prompt. They keep their place, but
         wait to be released."""
         num_tokens = len(requests[0].token_ids)
-        assert 0 < num_tokens < self._max_model_len
+        assert 0 < num_tokens <= self._max_model_len
         for request in requests:
             request.arrival = self._num_arrivals
             self._num_arrivals += 1
@@ -114,6 +119,7 @@ class Scheduler:
                 self._queue(request)
 
     def _queue(self, request: Request) -> None:
+        assert len(request.token_ids) < self._max_model_len, "it has come to its end"
         self._num_held -= 1
         request.advance(Event.RELEASE)
         self._waiting.push(request)
@@ -157,12 +163,17 @@ class Scheduler:
         """
         plan = StepPlan()
         self._rereading.clear()
+        if self._alone is None:
+            self._admit_lone(now)
         if self._by_priority:
             self._admit_urgent(now)
-        budget = self._plan_running(plan, self._config.max_num_batched_tokens)
-        self._admit_waiting(plan, budget, now)
-        if len(plan.requests) == 1 and self._config.long_prefill_token_threshold:
-            self._lift_cap(plan)
+        if self._alone is not None:
+            self._plan_alone(plan, self._alone)
+        else:
+            budget = self._plan_running(plan, self._config.max_num_batched_tokens)
+            self._admit_waiting(plan, budget, now)
+            if len(plan.requests) == 1 and self._config.long_prefill_token_threshold:
+                self._lift_cap(plan)
         # Last, so that it covers who was preempted just now, even if readmitted at once.
         plan.released, self._released = self._released, []
         return plan
@@ -209,8 +220,11 @@ class Scheduler:
         all of them with its admission.
         """
         [request] = plan.requests
+        self._plan_alone(plan, request)
+
+    def _plan_alone(self, plan: StepPlan, request: Request) -> None:
         count = self._chunk(request, self._config.max_num_batched_tokens, is_alone=True)
-        plan.num_new_tokens = [count]
+        plan.requests, plan.num_new_tokens = [request], [count]
         if request.num_computed_tokens + count == len(request.token_ids):
             plan.sampling = [0]
 
@@ -234,6 +248,8 @@ class Scheduler:
         self._waiting.push(request)
 
     def _take_blocks_from(self, request: Request) -> None:
+        if request is self._alone:
+            self._alone = None
         self._pool.release(request.block_ids)
         request.block_ids = []
         request.num_computed_tokens = 0
@@ -242,8 +258,18 @@ class Scheduler:
         if request.siblings is not None:
             request.siblings.displaced(request)
 
+    def _admit_lone(self, now: float) -> None:
+        request = self._waiting.peek()
+        if request is not None and request.runs_alone:
+            self._try_admit(request, now)
+
     def _admit_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
-        while budget > 0 and (request := self._waiting.peek()) and self._try_admit(request, now):
+        while (
+            budget > 0
+            and (request := self._waiting.peek())
+            and not request.runs_alone  # not in a step that others are in already
+            and self._try_admit(request, now)
+        ):
             count = self._chunk(request, budget)
             if request.num_computed_tokens + count == len(request.token_ids):
                 plan.sampling.append(len(plan.requests))
@@ -257,7 +283,7 @@ class Scheduler:
         It is admitted before the budget is dealt out by rank, or the long prompt of a worse
         request would keep it waiting to its end.
         """
-        while (urgent := self._waiting.peek()) and self._worse_than(urgent):
+        while self._alone is None and (urgent := self._waiting.peek()) and self._worse_than(urgent):
             if not self._try_admit(urgent, now):
                 if not self._would_fit_instead_of_worse(urgent):
                     return
@@ -301,6 +327,8 @@ class Scheduler:
             self._admit_first(request, now)
         request.advance(Event.ADMIT)
         insort(self._running, request, key=self._waiting.rank)
+        if request.runs_alone:
+            self._alone = request
         if request.siblings is not None:
             request.siblings.admitted(request)
 
@@ -348,6 +376,9 @@ class Scheduler:
             self.finish(request, FinishReason.STOP)
             finished.append(request)
         pairs = produced(plan, result)
+        if self._alone is not None and pairs:
+            self._alone.runs_alone = False  # its first token: from now on it is like any other
+            self._alone = None
         if self._num_held:
             self._release_siblings(pairs)
         if self._waiting.is_shared:
@@ -438,6 +469,7 @@ class Scheduler:
             assert request.num_computed_tokens < len(request.token_ids) < request.max_num_tokens
             assert request.num_computed_tokens <= len(request.block_ids) * self._block_size
             assert request.num_registered_blocks <= request.num_computed_tokens // self._block_size
+            assert request.runs_alone == (request is self._alone)
         for request in (*self._running, *waiting):
             if request.siblings is not None:
                 request.siblings.check_ledger(keys)
