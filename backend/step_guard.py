@@ -120,9 +120,9 @@ class StepGuard:
 
     def _recover_one(self, parts: "_Parts", index: int, failure: "_Failure") -> None:
         """A request that has failed alone: a shorter chunk of it may fit."""
-        count = min(parts.plan.num_new_tokens[index], 2 * self._most_tokens)
+        count = parts.plan.num_new_tokens[index]
         while failure.is_memory and count > 1:
-            count //= 2
+            count = self._most_tokens if failure is _TOO_LARGE else count // 2
             shorter = self._try(parts, range(index, index + 1), count)
             if shorter is None:
                 return
@@ -234,6 +234,8 @@ class _Parts:
             return
         else:
             words = "a step with this request alone does not fit into memory"
+            if len(self.plan.requests) > 1:
+                words = "the request does not fit into memory, though another has made room"
             error = RowError(ErrorKind.MEMORY, f"{words}: {failure.cause}")
         self.result.failed[index] = error
         if self.root_cause is None:
