@@ -14,7 +14,7 @@ from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Request
 from footplate.protocol.bounds import MAX_N, MAX_REPETITION_PATTERN, MAX_SEED
 from footplate.protocol.config import RequestConfig
-from footplate.protocol.messages import AddRequest, ErrorKind, ModelFacts
+from footplate.protocol.messages import AddRequest, ErrorKind, FinishReason, ModelFacts
 from footplate.protocol.token_params import LogitAdjustments, LogprobsRequest, TokenParams
 
 MAX_HANDLE = 2**63 - 1
@@ -48,6 +48,7 @@ def make_requests(client: bytes, message: AddRequest, first_key: int, now: float
         cache_salt=message.cache_salt,
         num_prior_tokens=len(message.prior_token_ids),
         arrival_time=now - message.age_s,
+        runs_alone=message.run_alone,
     )
     requests = [first]
     for index in range(1, message.n):
@@ -69,6 +70,7 @@ def _sibling(first: Request, index: int) -> Request:
         cache_salt=first.cache_salt,
         num_prior_tokens=first.num_prior_tokens,
         arrival_time=first.arrival_time,
+        runs_alone=first.runs_alone,
     )
 
 
@@ -106,6 +108,8 @@ class Admission:
             _check_seconds("ttft_deadline_s", message.ttft_deadline_s)
         if message.deadline_s is not None:
             _check_seconds("deadline_s", message.deadline_s)
+        if message.is_replay:
+            return  # it has waited already
         if (limit := self._config.max_num_queued_reqs) is not None:
             _check_queue("reqs", limit, backlog.num_requests, message.n)
         if (limit := self._config.max_num_queued_tokens) is not None:
@@ -122,27 +126,45 @@ class Admission:
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
             raise RefusalError(f"token ids{of} must be 0 to {self._vocab_size - 1}")
 
+    def end_of_prior(self, message: AddRequest) -> FinishReason | None:
+        """Why the prior output of a valid message has come to its end, if it has. The core that
+        produced it ended before it could tell. Grammars are not looked at.
+        """
+        prior = message.prior_token_ids
+        if not prior or not message.is_replay:
+            return None
+        params, num_tokens = message.params, len(message.prompt_token_ids) + len(prior)
+        # In the order of `reason_to_stop`.
+        if len(prior) > params.min_tokens and prior[-1] in params.stop_token_ids:
+            return FinishReason.STOP
+        if len(prior) >= params.max_tokens or num_tokens >= self._max_model_len:
+            return FinishReason.LENGTH
+        return FinishReason.REPETITION if _is_repetitive(params, prior) else None
+
     def _check_prior(self, message: AddRequest) -> None:
+        """Refuse a prior output that nobody can have produced; and one that has come to its end,
+        unless its request is run again and has to be told so."""
         params, prior = message.params, message.prior_token_ids
+        may_have_ended = message.is_replay
         num_tokens = len(message.prompt_token_ids) + len(prior)
-        if num_tokens >= self._max_model_len:
+        limit = self._max_model_len - 1 + may_have_ended
+        if num_tokens > limit:
             raise RefusalError(
-                f"prompt and prior output have {num_tokens} tokens, must be at most "
-                f"{self._max_model_len - 1}"
+                f"prompt and prior output have {num_tokens} tokens, must be at most {limit}"
             )
-        if len(prior) >= params.max_tokens:
+        if len(prior) >= params.max_tokens + may_have_ended:
             raise RefusalError(
-                f"there are {len(prior)} tokens of output already, must be fewer than max_tokens, "
-                f"which is {params.max_tokens}"
+                f"there are {len(prior)} tokens of output already, must be "
+                f"{'at most' if may_have_ended else 'fewer than'} max_tokens, which is "
+                f"{params.max_tokens}"
             )
         self._check_ids(" of the prior output", prior)
-        if not set(params.stop_token_ids).isdisjoint(prior[params.min_tokens :]):
+        could_stop = prior[params.min_tokens :]
+        if may_have_ended:
+            could_stop = could_stop[:-1]
+        if not set(params.stop_token_ids).isdisjoint(could_stop):
             raise RefusalError("the prior output has a stop token, which would have ended it")
-        if (
-            params.repetition is not None
-            and len(prior) >= params.min_tokens
-            and RepetitionDetector(params.repetition, prior).is_repeating
-        ):
+        if not may_have_ended and _is_repetitive(params, prior):
             raise RefusalError("the prior output is repetitive, which would have ended it")
 
     def _check_params(self, params: TokenParams) -> None:
@@ -197,6 +219,14 @@ class Admission:
             if count is not None and not -1 <= count <= self._vocab_size:
                 raise RefusalError(f"{name} is {count}, must be -1 to {self._vocab_size}")
         self._check_ids(" of logprobs", wanted.token_ids + wanted.prompt_token_ids)
+
+
+def _is_repetitive(params: TokenParams, prior: list[int]) -> bool:
+    return (
+        params.repetition is not None
+        and len(prior) >= params.min_tokens
+        and RepetitionDetector(params.repetition, prior).is_repeating
+    )
 
 
 def _check_seconds(name: str, seconds: float) -> None:

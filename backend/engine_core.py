@@ -11,7 +11,8 @@ from footplate.backend.deadlines import Deadlines
 from footplate.backend.delivery import Delivery
 from footplate.backend.request import Request, State
 from footplate.backend.scheduler import Scheduler
-from footplate.backend.step import ModelRunner, StepPlan, StepResult, produced
+from footplate.backend.step import ModelRunner, StepPlan, StepResult, failures, produced
+from footplate.backend.step_guard import StepGuard
 from footplate.backend.structured.interface import CompiledGrammar, CompilesGrammars, GrammarError
 from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfig
 from footplate.protocol.messages import (
@@ -77,7 +78,7 @@ class EngineCore:
             enable_prefix_caching=caching,
         )
         self.epoch = epoch
-        self._runner = runner
+        self._guard = StepGuard(runner)
         self._clock = clock  # monotonic, seconds
         self._pool = BlockPool(facts.num_kv_blocks, cache.block_size)
         self._scheduler = Scheduler(
@@ -93,11 +94,13 @@ class EngineCore:
         self._delivery = Delivery(epoch)
         self._requests: dict[ClientId, dict[int, Request]] = {}
         self._grammars = grammars
-        self._compiling: dict[int, list[Request]] = {}  # by the key of the first
+        # By the key of the first: who waits for a grammar, and how it ends then, if it does.
+        self._compiling: dict[int, tuple[list[Request], FinishReason | None]] = {}
         self._num_keys = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
+        self._num_corrupted_requests = 0
 
     @property
     def has_work(self) -> bool:
@@ -151,6 +154,11 @@ class EngineCore:
             for handle in handles_of(message):
                 self.refuse(client, handle, str(refusal), refusal.kind)
             return
+        end, grammar = self._admission.end_of_prior(message), message.params.grammar
+        if end is not None and grammar is None:
+            for handle in handles_of(message):
+                self._delivery.end(client, handle, end)
+            return
         requests = make_requests(client, message, self._num_keys + 1, self._clock())
         self._num_keys += len(requests)
         for request in requests:
@@ -160,10 +168,10 @@ class EngineCore:
                 self._deadlines.add(request, message.ttft_deadline_s, message.deadline_s)
         # Held, they keep their place, and can end.
         self._scheduler.hold(requests)
-        if message.params.grammar is None:
+        if grammar is None:
             self._scheduler.release(requests)
         else:
-            self._compile(requests, message.params.grammar)
+            self._compile(requests, grammar, end)
 
     def refuse(
         self, client: ClientId, handle: int, why: str, kind: ErrorKind = ErrorKind.INVALID
@@ -188,9 +196,9 @@ class EngineCore:
 
     # ---- grammars
 
-    def _compile(self, requests: list[Request], grammar: Grammar) -> None:
+    def _compile(self, requests: list[Request], grammar: Grammar, end: FinishReason | None) -> None:
         """Release a request, or the siblings of one prompt, as soon as their grammar is compiled:
-        now, if it is."""
+        now, if it is. Or end them, if their output has come to its end."""
         key = requests[0].key
         outcome: CompiledGrammar | GrammarError | None
         if self._grammars is None:
@@ -198,26 +206,34 @@ class EngineCore:
         else:
             outcome = self._grammars.submit(key, grammar)
         if outcome is None:
-            self._compiling[key] = requests
+            self._compiling[key] = requests, end
         else:
-            self._on_compiled(requests, outcome)
+            self._on_compiled(requests, end, outcome)
 
     def _take_compiled(self) -> None:
         assert self._grammars is not None, "nobody compiles what is waited for"
         for key, outcome in self._grammars.take_finished():
-            self._on_compiled(self._compiling.pop(key), outcome)
+            self._on_compiled(*self._compiling.pop(key), outcome)
 
     def _on_compiled(
-        self, requests: list[Request], outcome: CompiledGrammar | GrammarError
+        self,
+        requests: list[Request],
+        end: FinishReason | None,
+        outcome: CompiledGrammar | GrammarError,
     ) -> None:
+        waited = [r for r in requests if r.state is State.HELD]  # not those that were aborted
         if isinstance(outcome, GrammarError):
+            for request in waited:
+                self._finish(request, FinishReason.ERROR, str(outcome), ErrorKind.GRAMMAR)
+        elif end is not None:
+            for request in waited:
+                # The end of a grammar comes before any other.
+                is_complete = _is_complete(outcome, request)
+                self._finish(request, FinishReason.STOP if is_complete else end)
+        else:
             for request in requests:
-                if request.state is State.HELD:  # it was not aborted meanwhile
-                    self._finish(request, FinishReason.ERROR, str(outcome), ErrorKind.GRAMMAR)
-            return
-        for request in requests:
-            request.grammar = outcome
-        self._scheduler.release(requests)
+                request.grammar = outcome
+            self._scheduler.release(requests)
 
     # ---- one step
 
@@ -232,8 +248,7 @@ class EngineCore:
         now = self._clock()
         for request in self._deadlines.take_overdue(now):
             self._finish(request, FinishReason.DEADLINE)
-        plan = self._scheduler.schedule(now)
-        result = self._runner.execute(plan)
+        plan, result = self._guard.execute(self._scheduler.schedule(now))
         if not plan.requests:
             return
         self._num_steps += 1
@@ -242,9 +257,9 @@ class EngineCore:
             request = plan.requests[index]
             self._delivery.score_prompt(request.client, request.handle, rows)
         self._tell_tokens(plan, result)
-        for row, error in result.errors.items():
-            request = plan.requests[plan.sampling[row]]
+        for request, error in failures(plan, result):
             logger.info("request %d failed: %s", request.handle, error.message)
+            self._num_corrupted_requests += error.is_corrupted
             del self._requests[request.client][request.handle]
             self._delivery.end(
                 request.client, request.handle, FinishReason.ERROR, error.message, error.kind
@@ -303,6 +318,8 @@ class EngineCore:
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
             num_bad_messages=num_bad_messages,
+            num_void_steps=self._guard.num_void_steps,
+            num_corrupted_requests=self._num_corrupted_requests,
         )
 
     def check_ledger(self) -> None:
@@ -310,3 +327,11 @@ class EngineCore:
         self._scheduler.check_ledger()
         live = sum(len(requests) for requests in self._requests.values())
         assert live == self._scheduler.num_running + self._scheduler.num_waiting
+
+
+def _is_complete(grammar: CompiledGrammar, request: Request) -> bool:
+    """Whether the grammar allows nothing behind the output that a request came with."""
+    try:
+        return grammar.start().advance(request.token_ids[request.num_prompt_tokens :])
+    except Exception:  # whatever the engine says of it, the output has an end already
+        return False

@@ -11,10 +11,13 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import zmq
+from msgspec.structs import replace
 
 from footplate.backend.engine_core import ClientId
+from footplate.backend.flight_recorder import Suspects, suspects_of
 from footplate.backend.pulse import Pulse
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
@@ -48,9 +51,14 @@ MAX_BATCHES = 64  # handed over and not yet taken; then clients feel back pressu
 @dataclass(frozen=True, slots=True)
 class Joined:
     """A client has said Hello. Its PUSH socket changes hands with this event: from here on it
-    belongs to whoever takes the event."""
+    belongs to whoever takes the event.
+
+    Attributes:
+        session: as its Hello has it.
+    """
 
     push: zmq.Socket[bytes]
+    session: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +82,21 @@ class Inbox:
     """Owns the ROUTER and, until a client has joined, its PUSH. Knows who is here; knows nothing
     of requests."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, pulse: Pulse) -> None:
-        """Bind `address`. Raises zmq.ZMQError when that is impossible."""
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        pulse: Pulse,
+        suspects: Suspects = MappingProxyType({}),
+    ) -> None:
+        """Bind `address`. Raises zmq.ZMQError when that is impossible.
+
+        Args:
+            suspects: what a Welcome says of the core before this one.
+        """
         self.num_bad_messages = 0
         self._pulse = pulse
+        self._suspects = suspects
         self._context = context
         self._address = address
         self._encoder = Encoder()
@@ -237,8 +256,11 @@ class Inbox:
         return []
 
     def _welcome(self, client: ClientId, hello: Hello) -> list[InboxEvent]:
+        assert isinstance(self._state, Welcome)
+        suspects = suspects_of(hello.session, self._suspects)
+        welcome = replace(self._state, suspects=suspects) if suspects else self._state
         if client in self._clients:  # it asked again before it saw the answer
-            self._answer(client, self._state)
+            self._answer(client, welcome)
             return []
         try:
             push, monitor = self._connect_to(hello.output_endpoint)
@@ -248,8 +270,8 @@ class Inbox:
         self._poller.register(monitor, zmq.POLLIN)
         self._monitors[monitor] = client
         self._clients.add(client)
-        self._answer(client, self._state)
-        return [(client, Joined(push))]
+        self._answer(client, welcome)
+        return [(client, Joined(push, hello.session))]
 
     def _connect_to(self, endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         push: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)

@@ -76,6 +76,9 @@ class Request:
         repetition: notices when the output goes round in circles; None does not look.
         siblings: the other requests of the same AddRequest; None when it is alone.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission; -1 before.
+        runs_alone: nobody else takes part in its steps, until it has a new token.
+        short_at: how many tokens it had when others had to make room for its next one; -1 when that
+            never happened.
     """
 
     key: int
@@ -101,6 +104,8 @@ class Request:
     num_scored: int = 0
     repetition: RepetitionDetector | None = None
     siblings: Siblings | None = None
+    runs_alone: bool = False
+    short_at: int = -1
     finish_reason: FinishReason | None = None
 
     @property

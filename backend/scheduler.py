@@ -14,7 +14,7 @@ from footplate.backend.prefix_cache import PrefixCache
 from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Event, Request, State
 from footplate.backend.siblings import Siblings
-from footplate.backend.step import StepPlan, StepResult, produced
+from footplate.backend.step import RowError, StepPlan, StepResult, produced
 from footplate.backend.stopping import reason_to_stop
 from footplate.backend.waiting_queue import WaitingQueue
 from footplate.protocol.config import SchedulerConfig
@@ -30,6 +30,10 @@ class Scheduler:
     under first-come. `running` is sorted by rank, and its last is the first to lose its blocks; who
     is next of those that wait is the waiting queue's to say. The best ranked running request always
     progresses, whatever happens to the others, so nothing deadlocks.
+
+    A request that runs alone is admitted like any other. From then on steps are its own, until it
+    has its first token here or has ended; who runs besides keeps what it holds, and pauses. It got
+    the blocks of its whole prompt when it was admitted, so it waits for nobody meanwhile.
 
     Args:
         enable_prefix_caching: whether blocks are found again by what they hold.
@@ -59,6 +63,8 @@ class Scheduler:
         self._can_share = blocks_can_be_shared
         self._max_scored_rows = max_scored_rows
         self._running: list[Request] = []
+        self._alone: Request | None = None  # of those, the one whose steps are its own
+        self._max_num_running = config.max_num_seqs  # less for a while when memory was short
         self._waiting = WaitingQueue(self._by_priority)
         self._num_held = 0
         self._num_arrivals = 0
@@ -90,7 +96,7 @@ class Scheduler:
         """Take in a new request, or all the siblings of one prompt. They keep their place, but
         wait to be released."""
         num_tokens = len(requests[0].token_ids)
-        assert 0 < num_tokens < self._max_model_len
+        assert 0 < num_tokens <= self._max_model_len
         for request in requests:
             request.arrival = self._num_arrivals
             self._num_arrivals += 1
@@ -113,6 +119,7 @@ class Scheduler:
                 self._queue(request)
 
     def _queue(self, request: Request) -> None:
+        assert len(request.token_ids) < self._max_model_len, "it has come to its end"
         self._num_held -= 1
         request.advance(Event.RELEASE)
         self._waiting.push(request)
@@ -132,6 +139,7 @@ class Scheduler:
         was_held = request.state is State.HELD
         if request.state is State.RUNNING:
             self._take_blocks_from(request)
+            self._max_num_running = min(self._max_num_running + 1, self._config.max_num_seqs)
         request.advance(Event.FINISH)
         request.finish_reason = reason
         if request.num_cached_tokens < 0:
@@ -155,12 +163,17 @@ class Scheduler:
         """
         plan = StepPlan()
         self._rereading.clear()
+        if self._alone is None:
+            self._admit_lone(now)
         if self._by_priority:
             self._admit_urgent(now)
-        budget = self._plan_running(plan, self._config.max_num_batched_tokens)
-        self._admit_waiting(plan, budget, now)
-        if len(plan.requests) == 1 and self._config.long_prefill_token_threshold:
-            self._lift_cap(plan)
+        if self._alone is not None:
+            self._plan_alone(plan, self._alone)
+        else:
+            budget = self._plan_running(plan, self._config.max_num_batched_tokens)
+            self._admit_waiting(plan, budget, now)
+            if len(plan.requests) == 1 and self._config.long_prefill_token_threshold:
+                self._lift_cap(plan)
         # Last, so that it covers who was preempted just now, even if readmitted at once.
         plan.released, self._released = self._released, []
         return plan
@@ -207,8 +220,11 @@ class Scheduler:
         all of them with its admission.
         """
         [request] = plan.requests
+        self._plan_alone(plan, request)
+
+    def _plan_alone(self, plan: StepPlan, request: Request) -> None:
         count = self._chunk(request, self._config.max_num_batched_tokens, is_alone=True)
-        plan.num_new_tokens = [count]
+        plan.requests, plan.num_new_tokens = [request], [count]
         if request.num_computed_tokens + count == len(request.token_ids):
             plan.sampling = [0]
 
@@ -232,6 +248,8 @@ class Scheduler:
         self._waiting.push(request)
 
     def _take_blocks_from(self, request: Request) -> None:
+        if request is self._alone:
+            self._alone = None
         self._pool.release(request.block_ids)
         request.block_ids = []
         request.num_computed_tokens = 0
@@ -240,8 +258,18 @@ class Scheduler:
         if request.siblings is not None:
             request.siblings.displaced(request)
 
+    def _admit_lone(self, now: float) -> None:
+        request = self._waiting.peek()
+        if request is not None and request.runs_alone:
+            self._try_admit(request, now)
+
     def _admit_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
-        while budget > 0 and (request := self._waiting.peek()) and self._try_admit(request, now):
+        while (
+            budget > 0
+            and (request := self._waiting.peek())
+            and not request.runs_alone  # not in a step that others are in already
+            and self._try_admit(request, now)
+        ):
             count = self._chunk(request, budget)
             if request.num_computed_tokens + count == len(request.token_ids):
                 plan.sampling.append(len(plan.requests))
@@ -255,7 +283,7 @@ class Scheduler:
         It is admitted before the budget is dealt out by rank, or the long prompt of a worse
         request would keep it waiting to its end.
         """
-        while (urgent := self._waiting.peek()) and self._worse_than(urgent):
+        while self._alone is None and (urgent := self._waiting.peek()) and self._worse_than(urgent):
             if not self._try_admit(urgent, now):
                 if not self._would_fit_instead_of_worse(urgent):
                     return
@@ -278,7 +306,7 @@ class Scheduler:
 
     def _try_admit(self, request: Request, now: float) -> bool:
         """Admit the first of the waiting, if there is a slot and there are blocks."""
-        if len(self._running) >= self._config.max_num_seqs:
+        if len(self._running) >= self._max_num_running:
             return False
         cached = self._cache.find(request)
         if not self._fits(request, cached):
@@ -299,6 +327,8 @@ class Scheduler:
             self._admit_first(request, now)
         request.advance(Event.ADMIT)
         insort(self._running, request, key=self._waiting.rank)
+        if request.runs_alone:
+            self._alone = request
         if request.siblings is not None:
             request.siblings.admitted(request)
 
@@ -332,11 +362,13 @@ class Scheduler:
         """Apply what the runner computed for `plan`; return who finished.
 
         They have left the scheduler and carry their `finish_reason`; so have those of
-        `result.errors`, which are not among them.
+        `result.errors` and `result.failed`, which are not among them.
         """
+        for index in result.failed:
+            self.finish(plan.requests[index], FinishReason.ERROR)
         for row in result.errors:
             # Before its blocks get names: what it computed last may be what is wrong.
-            self.finish(plan.requests[plan.sampling[row]], FinishReason.ERROR)
+            self._fail(plan.requests[plan.sampling[row]], result.errors[row])
         self._count_computed(plan, result)
         finished = []
         for row in result.already_complete:
@@ -344,6 +376,9 @@ class Scheduler:
             self.finish(request, FinishReason.STOP)
             finished.append(request)
         pairs = produced(plan, result)
+        if self._alone is not None and pairs:
+            self._alone.runs_alone = False  # its first token: from now on it is like any other
+            self._alone = None
         if self._num_held:
             self._release_siblings(pairs)
         if self._waiting.is_shared:
@@ -364,7 +399,27 @@ class Scheduler:
                 self._complete(plan.requests[plan.sampling[row]], finished)
         if finished:
             self._running = [r for r in self._running if r.state is State.RUNNING]
+        if result.short_of_memory:
+            self._make_room_for(plan.requests[min(result.short_of_memory)])
         return finished
+
+    def _fail(self, request: Request, error: RowError) -> None:
+        if error.is_corrupted:
+            # Where keys and values went wrong nobody knows, so all that have a name lose it. Who
+            # shares some of them finds out by itself.
+            self._pool.forget(request.block_ids[: request.num_registered_blocks])
+        self.finish(request, FinishReason.ERROR)
+
+    def _make_room_for(self, request: Request) -> None:
+        """A request did not fit into memory, not even alone: the last in rank gives way.
+
+        It does not come back before one of the others has ended, or it would be the next to find
+        no memory, or the next reason for another to find none.
+        """
+        request.short_at = len(request.token_ids)
+        if len(self._running) > 1:
+            self._preempt(self._running.pop())
+            self._max_num_running = len(self._running)
 
     def _count_computed(self, plan: StepPlan, result: StepResult) -> None:
         block_size, caching = self._block_size, self._caching
@@ -414,6 +469,7 @@ class Scheduler:
             assert request.num_computed_tokens < len(request.token_ids) < request.max_num_tokens
             assert request.num_computed_tokens <= len(request.block_ids) * self._block_size
             assert request.num_registered_blocks <= request.num_computed_tokens // self._block_size
+            assert request.runs_alone == (request is self._alone)
         for request in (*self._running, *waiting):
             if request.siblings is not None:
                 request.siblings.check_ledger(keys)

@@ -287,8 +287,8 @@ async def test_a_step_that_raises_ends_the_core_and_its_cause_reaches_every_clie
     for stream in streams:
         error = await error_of(stream)
         assert isinstance(error, EngineDeadError)
-        assert str(error) == "RuntimeError: the step failed for a reason"
-    assert str(core.end()) == "RuntimeError: the step failed for a reason"
+        assert str(error) == "AcceleratorError: the step failed for a reason"
+    assert str(core.end()) == "AcceleratorError: the step failed for a reason"
     assert core.process.exit_status == os.EX_SOFTWARE
     assert str(await error_of(engines[2].get_stats())) == str(core and engines[2].dead_error)
     assert not core.folder.exists()
@@ -304,7 +304,7 @@ async def test_a_step_that_raises_in_an_engines_own_core_is_its_cause_of_death(
     engine = AsyncLLMEngine(EngineArgs(model="fake"))
     error = await error_of(complete(engine))
     assert isinstance(error, EngineDeadError)
-    assert str(error) == "RuntimeError: the step failed for a reason"
+    assert str(error) == "AcceleratorError: the step failed for a reason"
     engine.shutdown()
 
 
