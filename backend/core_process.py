@@ -150,9 +150,9 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
     while True:
         for client, event in inbox.take(_patience(core, outbox)):
             match event:
-                case Joined(push=push):
+                case Joined(push=push, session=session):
                     outbox.join(client, push)
-                    core.join(client)
+                    core.join(client, session)
                 case Left():
                     core.leave(client)
                     outbox.leave(client)

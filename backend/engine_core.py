@@ -92,6 +92,7 @@ class EngineCore:
         self._deadlines = Deadlines()
         self._delivery = Delivery(epoch)
         self._requests: dict[ClientId, dict[int, Request]] = {}
+        self._sessions: dict[ClientId, bytes] = {}  # of clients that are here
         self._grammars = grammars
         self._compiling: dict[int, list[Request]] = {}  # by the key of the first
         self._num_keys = 0
@@ -112,15 +113,22 @@ class EngineCore:
 
     # ---- what clients say
 
-    def join(self, client: ClientId) -> None:
-        """A client that may send requests from now on, until it leaves."""
+    def join(self, client: ClientId, session: bytes = b"") -> None:
+        """A client that may send requests from now on, until it leaves.
+
+        Args:
+            session: names the client across its connections; empty where nothing outlives this
+                one.
+        """
         assert client not in self._requests, "its requests would be out of reach"
         self._requests[client] = {}
+        self._sessions[client] = session
 
     def leave(self, client: ClientId) -> None:
         """Free everything a client held, and forget it. Unknown clients are no error."""
         for request in self._requests.pop(client, {}).values():
             self._scheduler.finish(request, FinishReason.ABORT)
+        self._sessions.pop(client, None)
         self._scheduler.forget(client)
         self._delivery.forget(client)
 

@@ -48,9 +48,14 @@ MAX_BATCHES = 64  # handed over and not yet taken; then clients feel back pressu
 @dataclass(frozen=True, slots=True)
 class Joined:
     """A client has said Hello. Its PUSH socket changes hands with this event: from here on it
-    belongs to whoever takes the event."""
+    belongs to whoever takes the event.
+
+    Attributes:
+        session: as its Hello has it.
+    """
 
     push: zmq.Socket[bytes]
+    session: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +254,7 @@ class Inbox:
         self._monitors[monitor] = client
         self._clients.add(client)
         self._answer(client, self._state)
-        return [(client, Joined(push))]
+        return [(client, Joined(push, hello.session))]
 
     def _connect_to(self, endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         push: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
