@@ -26,6 +26,7 @@ from footplate.backend.pulse import Pulse
 from footplate.backend.runner.load import load_runner
 from footplate.backend.structured.compiler import GrammarCompiler
 from footplate.backend.structured.interface import GrammarEngine
+from footplate.backend.termination import Terminated
 from footplate.protocol.codec import Encoder
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import AddressInUseError, FootplateError
@@ -33,6 +34,7 @@ from footplate.protocol.messages import (
     PROTOCOL_VERSION,
     ControlReply,
     EngineFailed,
+    EngineStopping,
     GetStats,
     Goodbye,
     Hello,
@@ -76,6 +78,11 @@ def run_core(config: CoreConfig, death_line: int) -> None:
         try:
             core = _start(config, inbox)
             run_busy_loop(core, inbox, outbox, pulse)
+        except Terminated:
+            reason = "the engine was told to end"
+            inbox.announce(Refused("start", reason))
+            outbox.broadcast(Encoder().encode(EngineStopping(reason)))
+            raise
         except Exception as error:
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
             inbox.announce(Refused("start", root_cause(error)))
@@ -153,8 +160,8 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
                 case Joined(push=push, session=session):
                     outbox.join(client, push)
                     core.join(client, session)
-                case Left():
-                    core.leave(client)
+                case Left(for_good=for_good):
+                    core.leave(client, may_return=not for_good)
                     outbox.leave(client)
                 case Unreadable(handle=handle, why=why):
                     core.refuse(client, handle, why)
@@ -165,14 +172,16 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
                     stats = core.stats(inbox.num_bad_messages)
                     outbox.send(client, encoder.encode(ControlReply(call, True, stats=stats)))
                 case _:
-                    if reply := core.handle(client, event):
-                        outbox.send(client, encoder.encode(reply))
+                    if answer := core.handle(client, event):
+                        outbox.send(client, encoder.encode(answer))
         pulse.begin()
         core.step()
         pulse.end()
+        for client, reply in core.take_replies():
+            outbox.send(client, encoder.encode(reply))
         for client, outputs in core.take_outputs():
             if not outbox.send(client, encoder.encode(outputs)):
-                core.leave(client)
+                core.leave(client, may_return=True)
                 inbox.dismiss(client, "the client left too much of its output unread")
         if outbox.has_backlog:
             outbox.flush()
