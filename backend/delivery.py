@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from footplate.backend.step import ScoredRows
 from footplate.protocol.messages import (
@@ -107,8 +108,9 @@ class Delivery:
         self._columns[client] = Columns()  # see `_weigh`
         for position in range(0, len(token_ids), MAX_RUN_TOKENS):
             run = token_ids[position : position + MAX_RUN_TOKENS]
-            columns = Columns([handle], [position], run, [] if started is None else [started])
-            started = None
+            columns = Columns([handle], [position], run)
+            if started is not None and not position:
+                columns.started.append(replace(started, handle=handle))
             self._full.append((client, self._close(columns, [len(run)])))
 
     def _weigh(self, client: bytes, columns: Columns, num_bytes: int) -> None:

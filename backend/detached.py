@@ -242,7 +242,7 @@ class Leases:
         Returns:
             Requests that go on for nobody, to be ended.
         """
-        orphans, self._overdrawn = self._overdrawn, []
+        orphans = []
         while self._due:
             (session, request_id), due = next(iter(self._due.items()))
             if due > now:
@@ -252,6 +252,11 @@ class Leases:
                 orphans.append(lease.request)
             self.drop(lease)
         return orphans
+
+    def take_overdrawn(self) -> list[Request]:
+        """Requests that went on for nobody and are kept no longer, to be ended if they have not."""
+        overdrawn, self._overdrawn = self._overdrawn, []
+        return overdrawn
 
     def _renew(self, lease: Lease) -> None:
         key = (lease.session, lease.request_id)
@@ -276,7 +281,9 @@ class Leases:
 
     def check_ledger(self, live: Iterable[Request]) -> None:
         """Assert what must hold between two calls, given all requests that go on. For tests."""
-        assert all(r.client != DETACHED for r in live if (r.client, r.handle) not in self._live)
+        for request in live:
+            is_kept = (request.client, request.handle) in self._live
+            assert is_kept or request.client != DETACHED or request in self._overdrawn
         leases = [lease for s in self._sessions.values() for lease in s.leases.values()]
         going_on = {(r.client, r.handle): r for r in live}
         for place, lease in self._live.items():

@@ -170,6 +170,7 @@ class EngineCore:
         if session and may_return:
             for lease in self._leases.leave(session):
                 self._detach(lease, live)
+            self._end_overdrawn()
         elif session:
             self._leases.end(session)
         self._scheduler.finish_all(live.values(), FinishReason.ABORT)
@@ -187,6 +188,11 @@ class EngineCore:
         self._requests[DETACHED][request.key] = request
         self._leases.move(lease, DETACHED, request.key)
         self._scheduler.resume([request])  # what nobody reads is kept now
+
+    def _end_overdrawn(self) -> None:
+        for request in self._leases.take_overdrawn():
+            if request.state is not State.FINISHED:
+                self._finish(request, FinishReason.ABORT)
 
     def _forget_sessions(self) -> None:
         for session in self._leases.take_gone():
@@ -335,8 +341,7 @@ class EngineCore:
         for request in self._deadlines.take_overdue(now):
             self._finish(request, FinishReason.DEADLINE)
         for request in self._leases.take_overdue(now):
-            if request.state is not State.FINISHED:
-                self._finish(request, FinishReason.ABORT)
+            self._finish(request, FinishReason.ABORT)
         self._forget_sessions()
         if self._draining.deadline <= now:
             left = [request for live in self._requests.values() for request in live.values()]
@@ -460,6 +465,7 @@ class EngineCore:
             for client, output in outputs:
                 if client == DETACHED:
                     self._leases.count_tokens(output.handles)
+            self._end_overdrawn()
             outputs = [(client, output) for client, output in outputs if client != DETACHED]
         return outputs
 
