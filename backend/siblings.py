@@ -44,16 +44,16 @@ class Siblings:
         self._held.clear()
         return waited
 
-    def replace(self, gone: Request) -> Request | None:
-        """The next one to compute the prompt, if it was `gone` that would have."""
-        if gone is not self._first:
+    def replace(self, ended: Request) -> Request | None:
+        """The next one to compute the prompt, if it was `ended` (or parked) that would have."""
+        if ended is not self._first:
             return None
         while self._held:
             heir = self._held.popleft()
             if heir.state is State.HELD:
                 # It tells all of the prompt's logprobs: they are parts of one stream.
                 heir.num_scored = self._num_scored
-                gone.num_scored = gone.num_prompt_tokens
+                ended.num_scored = ended.num_prompt_tokens
                 self._first, self._ready = heir, [heir]
                 return heir
         return None

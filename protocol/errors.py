@@ -14,6 +14,7 @@
       . AddressInUseError              another engine holds the address
       . ProtocolMismatchError          client and engine core are of different versions
     + EngineDeadError                  the engine core is gone: start a new one
+    + EngineDrainingError              the engine takes no new requests: ask another
     + EngineClosedError                the engine was shut down by its owner
 
 A broken invariant is none of these: it is an AssertionError, and it ends the process.
@@ -106,6 +107,10 @@ class ProtocolMismatchError(EngineStartError):
 
 class EngineDeadError(EngineError):
     """The engine core ended before the request did; the message holds the cause."""
+
+
+class EngineDrainingError(EngineError):
+    """The engine finishes what it has, and takes no new requests."""
 
 
 class EngineClosedError(EngineError):

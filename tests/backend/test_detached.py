@@ -297,7 +297,7 @@ def test_a_replay_takes_the_place_of_what_runs_without_a_client(driver: SessionD
     ("options", "why"),
     [
         ({"n": 2}, "n is 2, with a request_id it must be 1"),
-        ({"logprobs": LogprobsRequest(0, None, 0)}, "a request with a request_id cannot have"),
+        ({"logprobs": LogprobsRequest(num_logprobs=0)}, "a request with a request_id cannot have"),
     ],
 )
 def test_what_is_more_than_tokens_cannot_have_an_id(

@@ -1,4 +1,4 @@
-"""An engine that is about to end: nothing new, what there is comes to its end, and then it says so."""
+"""An engine that is about to end: nothing new, what there is comes to its end, then it says so."""
 
 from math import inf, nan
 from pathlib import Path
