@@ -34,8 +34,14 @@ def handles_of(message: AddRequest) -> range:
     return range(message.handle, message.handle + (message.n if is_range else 1))
 
 
-def make_requests(client: bytes, message: AddRequest, first_key: int, now: float) -> list[Request]:
-    """The requests of a valid message. They have one list of tokens until they run."""
+def make_requests(
+    client: bytes, message: AddRequest, first_key: int, now: float, share: bytes = b""
+) -> list[Request]:
+    """The requests of a valid message. They have one list of tokens until they run.
+
+    Args:
+        share: see `Request`.
+    """
     params, prompt = message.params, message.prompt_token_ids
     first = Request(
         key=first_key,
@@ -45,6 +51,7 @@ def make_requests(client: bytes, message: AddRequest, first_key: int, now: float
         num_prompt_tokens=len(prompt),
         params=params,
         priority=message.priority,
+        share=share,
         cache_salt=message.cache_salt,
         num_prior_tokens=len(message.prior_token_ids),
         arrival_time=now - message.age_s,
@@ -67,6 +74,7 @@ def _sibling(first: Request, index: int) -> Request:
         num_prompt_tokens=first.num_prompt_tokens,
         params=msgspec.structs.replace(first.params, seed=seed),
         priority=first.priority,
+        share=first.share,
         cache_salt=first.cache_salt,
         num_prior_tokens=first.num_prior_tokens,
         arrival_time=first.arrival_time,
@@ -98,6 +106,8 @@ class Admission:
         for handle in range(message.handle, message.handle + message.n):
             if handle in live:
                 raise RefusalError(f"handle {handle} is in use")
+        if message.request_id is not None:
+            _check_is_plain(message)
         self._check_prompt(message.prompt_token_ids)
         self._check_params(message.params)
         if message.prior_token_ids:
@@ -227,6 +237,14 @@ def _is_repetitive(params: TokenParams, prior: list[int]) -> bool:
         and len(prior) >= params.min_tokens
         and RepetitionDetector(params.repetition, prior).is_repeating
     )
+
+
+def _check_is_plain(message: AddRequest) -> None:
+    """What is kept of a request with an id is its tokens."""
+    if message.n > 1:
+        raise RefusalError(f"n is {message.n}, with a request_id it must be 1")
+    if message.params.logprobs is not None:
+        raise RefusalError("a request with a request_id cannot have logprobs")
 
 
 def _check_seconds(name: str, seconds: float) -> None:

@@ -28,13 +28,16 @@ from footplate.backend.pulse import Pulse
 from footplate.backend.runner.load import load_runner
 from footplate.backend.structured.compiler import GrammarCompiler
 from footplate.backend.structured.interface import GrammarEngine
+from footplate.backend.termination import Terminated
 from footplate.protocol.codec import Encoder
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import AddressInUseError, FootplateError
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
+    AttachRequest,
     ControlReply,
     EngineFailed,
+    EngineStopping,
     GetStats,
     Goodbye,
     Hello,
@@ -77,9 +80,17 @@ def run_core(config: CoreConfig, death_line: int) -> None:
                 ) from None
         outbox = Outbox()
         recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
+        core: EngineCore | None = None
         try:
             core = _start(config, inbox, recorder)
             run_busy_loop(core, inbox, outbox, pulse, recorder)
+        except Terminated:
+            reason = "the engine was told to end"
+            inbox.announce(Refused("start", reason))
+            if core is not None and core.is_draining:
+                # It was emptied first, so nobody is going to start another in its place.
+                outbox.broadcast(Encoder().encode(EngineStopping(reason)))
+            raise
         except Exception as error:
             files.keep_steps()
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
@@ -162,9 +173,9 @@ def run_busy_loop(
                 case Joined(push=push, session=session):
                     outbox.join(client, push)
                     recorder.join(client, session)
-                    core.join(client)
-                case Left():
-                    core.leave(client)
+                    core.join(client, session)
+                case Left(for_good=for_good):
+                    core.leave(client, may_return=not for_good)
                     recorder.leave(client)
                     outbox.leave(client)
                 case Unreadable(handle=handle, why=why):
@@ -176,11 +187,15 @@ def run_busy_loop(
                     stats = core.stats(inbox.num_bad_messages)
                     voice.tell(client, ControlReply(call, True, stats=stats))
                 case _:
-                    if reply := core.handle(client, event):
-                        voice.tell(client, reply)
+                    if isinstance(event, AttachRequest):
+                        recorder.renew()  # it may become another client's
+                    if answer := core.handle(client, event):
+                        voice.tell(client, answer)
         pulse.begin()
         core.step()
         pulse.end()
+        for client, reply in core.take_replies():
+            voice.tell(client, reply)
         for client, outputs in core.take_outputs():
             voice.tell(client, outputs)
         if outbox.has_backlog:
@@ -208,7 +223,7 @@ class _Voice:
             self._dismiss(client, "the client left too much of its output unread")
 
     def _dismiss(self, client: ClientId, reason: str) -> None:
-        self._core.leave(client)
+        self._core.leave(client, may_return=True)
         self._inbox.dismiss(client, reason)
 
 

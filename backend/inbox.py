@@ -64,7 +64,13 @@ class Joined:
 @dataclass(frozen=True, slots=True)
 class Left:
     """A client has said Goodbye, its process is gone, or it was dismissed. The inbox has lost
-    interest in its PUSH: the monitor, too, belongs to whoever takes the event."""
+    interest in its PUSH: the monitor, too, belongs to whoever takes the event.
+
+    Attributes:
+        for_good: it said Goodbye; otherwise its session may come back.
+    """
+
+    for_good: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,7 @@ class Inbox:
         self._decoder = client_message_decoder()
         self._batches: queue.Queue[list[InboxEvent]] = queue.Queue(MAX_BATCHES)
         self._monitors: dict[zmq.Socket[bytes], ClientId] = {}
-        self._clients: set[ClientId] = set()
+        self._clients: dict[ClientId, bytes] = {}  # and their sessions
         self._hopefuls: dict[ClientId, Hello] = {}  # came while the core was starting
         self._to_dismiss: queue.SimpleQueue[tuple[ClientId, str]] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -220,7 +226,8 @@ class Inbox:
         if isinstance(message, Hello):
             return self._greet(client, message)
         if isinstance(message, Goodbye):
-            return self._forget(client)  # it may be gone already: its PULL closed first
+            # It may be gone already: its PULL closed first.
+            return self._forget(client, for_good=True)
         if client not in self._clients:
             self._count_bad_message("a message from a client that has not said hello")
             return []
@@ -269,9 +276,19 @@ class Inbox:
             return []
         self._poller.register(monitor, zmq.POLLIN)
         self._monitors[monitor] = client
-        self._clients.add(client)
+        left = self._supersede(hello.session)
+        self._clients[client] = hello.session
         self._answer(client, welcome)
-        return [(client, Joined(push, hello.session))]
+        return [*left, (client, Joined(push, hello.session))]
+
+    def _supersede(self, session: bytes) -> list[InboxEvent]:
+        """A session comes back: what is left of its old connection, if that has not been missed
+        yet, is in its way."""
+        events: list[InboxEvent] = []
+        for client in [c for c, known in self._clients.items() if session and known == session]:
+            self._answer(client, Refused("dismissed", "its session has another connection"))
+            events += self._forget(client)
+        return events
 
     def _connect_to(self, endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         push: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
@@ -287,10 +304,10 @@ class Inbox:
             raise
         return push, monitor
 
-    def _forget(self, client: ClientId) -> list[InboxEvent]:
+    def _forget(self, client: ClientId, *, for_good: bool = False) -> list[InboxEvent]:
         if client not in self._clients:
             return []
-        self._clients.remove(client)
+        del self._clients[client]
         monitor = next(m for m, owner in self._monitors.items() if owner == client)
         del self._monitors[monitor]
         self._poller.unregister(monitor)
@@ -298,7 +315,7 @@ class Inbox:
             # A client that was killed could not remove its socket file.
             endpoint = output_endpoint(self._address, client)
             Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
-        return [(client, Left())]
+        return [(client, Left(for_good))]
 
     def _on_monitor(self, monitor: zmq.Socket[bytes]) -> None:
         client = self._monitors.get(monitor)

@@ -6,6 +6,7 @@ et al., SOSP '23). Pure: requests in, plans out; no tensors, sockets, threads or
 """
 
 from bisect import insort
+from collections.abc import Iterable
 
 from footplate.backend.backlog import Backlog
 from footplate.backend.block_pool import BlockPool
@@ -39,6 +40,9 @@ class Scheduler:
         enable_prefix_caching: whether blocks are found again by what they hold.
         blocks_can_be_shared: False where state is not addressed by block: not by siblings either.
         max_scored_rows: see `RunnerFacts`.
+
+    Attributes:
+        num_parked: requests that hold no blocks and are not to be run.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Scheduler:
         self._max_num_running = config.max_num_seqs  # less for a while when memory was short
         self._waiting = WaitingQueue(self._by_priority)
         self._num_held = 0
+        self.num_parked = 0
         self._num_arrivals = 0
         self._rereading: list[Request] = []  # of the current plan, whose prompt is computed anew
         self._released: list[int] = []
@@ -120,20 +125,40 @@ class Scheduler:
 
     def _queue(self, request: Request) -> None:
         assert len(request.token_ids) < self._max_model_len, "it has come to its end"
-        self._num_held -= 1
-        request.advance(Event.RELEASE)
-        self._waiting.push(request)
+        heir: Request | None = request
+        while heir is not None:
+            request = heir
+            self._num_held -= 1
+            request.advance(Event.RELEASE)
+            if not request.is_unread:
+                self._waiting.push(request)
+                return
+            heir = self._set_aside(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request from outside, between two steps."""
-        state = request.state
-        if state is State.RUNNING:
+        if request.state is State.RUNNING:
             self._running.remove(request)
-        elif state is State.HELD:
+        self._finish(request, reason)
+
+    def finish_all(self, requests: Iterable[Request], reason: FinishReason) -> None:
+        """End requests from outside, between two steps. None of them has ended before."""
+        for request in requests:
+            self._finish(request, reason)
+        self._drop_who_left()
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        state = request.state
+        if state is State.HELD:
             self._num_held -= 1
+        elif state is State.PARKED:
+            self.num_parked -= 1
         self._end(request, reason)
         if state is State.WAITING or state is State.PREEMPTED:
             self._waiting.discard(request)
+
+    def _drop_who_left(self) -> None:
+        self._running = [r for r in self._running if r.state is State.RUNNING]
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         was_held = request.state is State.HELD
@@ -149,9 +174,40 @@ class Scheduler:
             if heir is not None and not was_held:
                 self._queue(heir)
 
-    def forget(self, client: bytes) -> None:
-        """A client has left, and its requests have ended."""
-        self._waiting.forget(client)
+    def park(self, requests: Iterable[Request]) -> None:
+        """Run these no further, between two steps. Those that are held may be made ready."""
+        for request in requests:
+            state = request.state
+            request.is_unread = True
+            if state is State.HELD or state is State.PARKED:
+                continue
+            if state is State.RUNNING:
+                self._take_blocks_from(request)
+            else:
+                self._waiting.discard(request)
+            if (heir := self._set_aside(request)) is not None:
+                self._queue(heir)
+        self._drop_who_left()
+
+    def _set_aside(self, request: Request) -> Request | None:
+        """Park who waits or has lost its blocks; who of its siblings computes their prompt now."""
+        request.advance(Event.PARK)
+        self.num_parked += 1
+        return None if request.siblings is None else request.siblings.replace(request)
+
+    def resume(self, requests: Iterable[Request]) -> None:
+        """Let these run again; no error for who is not parked. They have their old places."""
+        for request in requests:
+            request.is_unread = False
+            if request.state is State.PARKED:
+                self.num_parked -= 1
+                is_new = request.num_cached_tokens < 0
+                request.advance(Event.RELEASE if is_new else Event.RESUME)
+                self._waiting.push(request)
+
+    def forget(self, share: bytes) -> None:
+        """A client has left, or a session has ended, and its requests have."""
+        self._waiting.forget(share)
 
     # ---- before a step
 
@@ -347,7 +403,7 @@ class Scheduler:
             self.prefix_cache_queries += num_prompt_tokens
             self.prefix_cache_hits += request.num_cached_tokens
         num_left = len(request.token_ids) - request.num_computed_tokens
-        self._waiting.serve(request.client, num_left)
+        self._waiting.serve(request.share, num_left)
 
     def _fits(self, request: Request, cached: list[int]) -> bool:
         missing = self._num_blocks_for(len(request.token_ids)) - len(cached)
@@ -383,7 +439,7 @@ class Scheduler:
             self._release_siblings(pairs)
         if self._waiting.is_shared:
             for request, _ in pairs:
-                self._waiting.serve(request.client, 1)
+                self._waiting.serve(request.share, 1)
         for request, token_id in pairs:
             token_ids = request.token_ids
             token_ids.append(token_id)
@@ -398,7 +454,7 @@ class Scheduler:
             if row not in result.errors:
                 self._complete(plan.requests[plan.sampling[row]], finished)
         if finished:
-            self._running = [r for r in self._running if r.state is State.RUNNING]
+            self._drop_who_left()
         if result.short_of_memory:
             self._make_room_for(plan.requests[min(result.short_of_memory)])
         return finished
@@ -474,9 +530,10 @@ class Scheduler:
             if request.siblings is not None:
                 request.siblings.check_ledger(keys)
         new = [r for r in waiting if r.state is State.WAITING]
-        assert len(new) <= self.backlog.num_requests <= len(new) + self._num_held
+        num_hidden = self._num_held + self.num_parked
+        assert len(new) <= self.backlog.num_requests <= len(new) + num_hidden
         assert self.backlog.num_tokens >= 0
-        assert self._num_held >= 0
+        assert self._num_held >= 0 and self.num_parked >= 0
         self._pool.check_ledger(r.block_ids for r in self._running)
 
 

@@ -340,6 +340,8 @@ class AsyncLLMEngine:
             schedule.metrics(),
             self._abandon,
             requests.stream_interval,
+            requests.max_unread_tokens,
+            self._client.notices,
         )
         # Opened before the prompt is encoded: from here on the id is taken, and can be aborted.
         self._client.open(stream)
@@ -442,7 +444,7 @@ class AsyncLLMEngine:
     def _abort(self, request_ids: Iterable[str]) -> None:
         message = self._client.abort(request_ids)
         if message is not None:
-            self._session.send(message)
+            self._client.notices.abort(message.handles)
 
     def _abandon(self, stream: RequestStream) -> None:
         self._abort([stream.request_id])

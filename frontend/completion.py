@@ -20,9 +20,11 @@ class Completion:
     """Owns all that the client knows of one handle. The engine client pushes; the stream it is
     part of takes.
 
-    What has arrived and has not been taken is merged into the next output, so a slow consumer
-    costs no memory beyond its own tokens. Text is made when it is taken, or at arrival if a stop
-    string could end the completion there.
+    What has arrived and has not been taken is merged into the next output. When that is more than
+    the stream's `max_unread_tokens`, and an output is due, the core is asked to park the request
+    until the consumer has taken it: a slow consumer costs no more memory than that. One that wants
+    nothing but the end has nothing to take before. Text is made when it is taken, or at arrival if
+    a stop string could end the completion there.
 
     It and its stream know each other, a cycle that only the collector could free: for as long as
     it is live, therefore, and no longer. The engine client cuts the tie with `forget_stream`.
@@ -31,12 +33,15 @@ class Completion:
     __slots__ = (
         "_due_at",
         "_finish_reason",
+        "_look_at",
+        "_max_unread",
         "_num_taken",
         "_seen_text",
         "_stop_reason",
         "_token_ids",
         "handle",
         "index",
+        "is_parked",
         "is_waiting",
         "scored",
         "stream",
@@ -59,6 +64,9 @@ class Completion:
         # How many tokens there must be for an output: the first and the end have one of their own.
         # `NEVER` when the last has been taken, and where only that one is wanted.
         self._due_at = NEVER if stream.is_final_only else 1
+        self.is_parked = False
+        self._max_unread = NEVER if stream.is_final_only else stream.max_unread_tokens or NEVER
+        self._look_at = self._max_unread  # up to here too few are unread for a closer look
         self._token_ids: list[int] = []
         self._num_taken = 0
         self._seen_text = ""
@@ -107,9 +115,21 @@ class Completion:
             self._stop_reason = text.stop
             self.end(FinishReason.STOP)
             return True
-        if len(self._token_ids) >= self._due_at:
+        num_tokens = len(self._token_ids)
+        if num_tokens >= self._due_at:
             self.stream.wake()
+            if num_tokens > self._look_at:
+                self._look_at_unread(num_tokens)
         return False
+
+    def _look_at_unread(self, num_tokens: int) -> None:
+        # An output came due with `_due_at`, so there has been something to read.
+        limit = max(self._num_taken + self._max_unread, self._due_at)
+        if num_tokens <= limit:
+            self._look_at = limit
+        elif not self.is_parked:
+            self.is_parked = True
+            self.stream.notices.park(self.handle)
 
     def push_logprobs(self, rows: LogprobRows) -> bool:
         """Take what belongs to tokens that are about to be pushed; False if some are missing."""
@@ -133,6 +153,7 @@ class Completion:
 
     def forget_stream(self) -> None:
         """Nothing more will be pushed."""
+        self.is_parked = False
         del self.stream
 
     # ---- taken
@@ -166,6 +187,9 @@ class Completion:
             start, token_ids, text = 0, self._token_ids.copy(), self._seen_text
         self._num_taken = num_tokens
         self._due_at = NEVER if reason is not None else num_tokens + interval
+        if self.is_parked:
+            self.is_parked = False
+            self.stream.notices.resume(self.handle)
         logprobs: Logprobs | None = None
         cumulative: float | None = None
         if self.scored is not None:

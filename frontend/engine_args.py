@@ -79,6 +79,11 @@ class EngineArgs:
     max_num_queued_tokens: int | None = None
     """Most prompt tokens of waiting requests, likewise."""
 
+    max_unread_tokens: int | None = 4096
+    """Most tokens of a completion that wait for its reader. Beyond that its request is parked: it
+    gives its blocks to others, and goes on when its stream is read again. No limit on None.
+    Streams of which only the end is wanted are not parked."""
+
     max_logprobs: int = 20
     """Most `logprobs` and `prompt_logprobs` per token; -1 allows the whole vocabulary."""
 
@@ -219,6 +224,7 @@ class EngineArgs:
                 reasoning_end_str=self.reasoning_end_str,
                 max_num_queued_reqs=self.max_num_queued_reqs,
                 max_num_queued_tokens=self.max_num_queued_tokens,
+                max_unread_tokens=self.max_unread_tokens,
             ),
             log_level=self.log_level,
             weights_version=self.weights_version or self.model,
@@ -232,6 +238,7 @@ _POSITIVE_OR_NONE = (
     "threads",
     "max_num_queued_reqs",
     "max_num_queued_tokens",
+    "max_unread_tokens",
 )
 _POSITIVE = ("block_size", "max_num_seqs", "max_num_batched_tokens", "stream_interval")
 _SECONDS = ("start_timeout_s", "restart_window_s", "stall_timeout_s", "hang_timeout_s")

@@ -5,11 +5,13 @@ from collections.abc import Iterable
 
 from footplate.frontend.admission import WaitingRequests
 from footplate.frontend.completion import Completion
+from footplate.frontend.notices import Notices
 from footplate.frontend.outputs import WeightsVersions
 from footplate.frontend.replay import continuation
 from footplate.frontend.stream import RequestStream
 from footplate.protocol.errors import (
     DuplicateRequestError,
+    EngineDrainingError,
     FootplateError,
     QueueOverflowError,
     RequestFailedError,
@@ -34,6 +36,7 @@ class EngineClient:
 
     Attributes:
         waiting: the requests that have been sent and have not started.
+        notices: what the core is to be told about handles, beside what methods return.
     """
 
     def __init__(self) -> None:
@@ -42,6 +45,7 @@ class EngineClient:
         self._num_handles = 0
         self._weights_versions: WeightsVersions = ((0, ""),)
         self.waiting = WaitingRequests()
+        self.notices = Notices()
 
     @property
     def num_live(self) -> int:
@@ -87,9 +91,16 @@ class EngineClient:
     def replay(self, now: float) -> list[AddRequest]:
         """What to send to another core, so that every live request goes on in it.
 
+        Those that nobody reads are parked there as well: it is noted, to be taken when all this has
+        been sent.
+
         Args:
             now: monotonic seconds.
         """
+        self.notices.take()  # they were about another core's requests
+        for completion in self._by_handle.values():
+            if completion.is_parked:
+                self.notices.park(completion.handle)
         streams = self._by_request_id.values()
         return [message for stream in streams for message in continuation(stream, now)]
 
@@ -230,6 +241,8 @@ class EngineClient:
     def _error_of(self, stream: RequestStream, finished: Finished) -> FootplateError:
         if finished.kind is ErrorKind.OVERFLOW:
             return QueueOverflowError(finished.message, self.waiting.estimate_retry_s())
+        if finished.kind is ErrorKind.DRAINING:
+            return EngineDrainingError(finished.message)
         return RequestFailedError(f"request {stream.request_id!r}: {finished.message}")
 
     def abort(self, request_ids: Iterable[str]) -> AbortRequests | None:

@@ -127,6 +127,8 @@ class Session:
         self._welcome: Welcome | None = None
         self._is_draining = False
         self._ended = asyncio.Event()
+        send_soon = weakref.WeakMethod(self._send_notices_soon)
+        client.notices.on_first = lambda: (send := send_soon()) is not None and send()
 
     @property
     def welcome(self) -> Welcome:
@@ -548,8 +550,22 @@ class Session:
             return
         self.require_serving()
         assert self._connection is not None and self._watch is not None
+        self._send_notices()  # a request must not overtake what was said before
         self._connection.send(message, gather=gather)
         self._watch.wake()
+
+    def _send_notices_soon(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # whoever leaves a stream here, there are no others
+            self._send_notices()
+        else:
+            loop.call_soon(self._send_notices)
+
+    def _send_notices(self) -> None:
+        if self.state is EngineState.SERVING and self._connection is not None:
+            for notice in self._client.notices.take():
+                self._connection.send(notice)
 
     async def has_room(self) -> None:
         """Wait until the core has taken what `send` could not get rid of."""
