@@ -20,7 +20,7 @@ class Quarantine:
     suspects are run one by one, until each has a new token, and one that was alone in a fatal step
     is the culprit. A core that ended by itself makes suspects of all who took part; one that was
     killed from outside (perhaps because memory ran out) only when that happens twice to a request
-    without a token in between.
+    without a token in between, and a culprit only the third time: chance has to strike often.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Quarantine:
             count, record = num_tokens(handle), self._records.get(handle)
             if record is None or record.num_tokens != count:
                 record = _Record(count, 0, ran_alone=False)
-            if record.ran_alone:
+            if record.ran_alone and (has_crashed or record.num_fatal_steps > 1):
                 culprits.append(handle)
                 continue
             num_fatal_steps = record.num_fatal_steps + 1
