@@ -54,3 +54,13 @@ class Quarantine:
             records[handle] = _Record(count, num_fatal_steps, alone)
         self._records = records
         return culprits, {handle for handle, record in records.items() if record.ran_alone}
+
+    def runs_alone(self, handle: int, num_tokens: int) -> bool:
+        """Whether a request is to be run alone, still: it may go to the same core twice, when only
+        the connection to it is lost.
+
+        Args:
+            num_tokens: output tokens that it has by now.
+        """
+        record = self._records.get(handle)
+        return record is not None and record.ran_alone and record.num_tokens == num_tokens

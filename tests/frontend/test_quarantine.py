@@ -10,6 +10,9 @@ class Case:
         self.num_tokens: dict[int, int] = {}
         self._quarantine = Quarantine()
 
+    def runs_alone(self, handle: int) -> bool:
+        return self._quarantine.runs_alone(handle, self.num_tokens.get(handle, 0))
+
     def crash(self, *suspects: int) -> tuple[list[int], set[int]]:
         return self._judge(suspects, has_crashed=True)
 
@@ -97,3 +100,21 @@ def test_a_suspect_that_is_killed_again_and_again_is_to_blame() -> None:
     case.crash(1)
     case.kill(1)
     assert case.kill(1) == ([1], set())
+
+
+def test_a_suspect_is_one_until_it_has_a_token_however_often_it_is_sent() -> None:
+    case = Case()
+    assert not case.runs_alone(1)
+    case.crash(1, 2)
+    case.num_tokens[2] = 1
+    assert (case.runs_alone(1), case.runs_alone(2), case.runs_alone(3)) == (True, False, False)
+    case.crash(1)
+    assert not case.runs_alone(1), "it is not sent any more"
+
+
+def test_who_was_there_once_when_a_core_was_killed_need_not_run_alone() -> None:
+    case = Case()
+    case.kill(1)
+    assert not case.runs_alone(1)
+    case.kill(1)
+    assert case.runs_alone(1)
