@@ -27,13 +27,21 @@ class Quarantine:
         self._records: dict[int, _Record] = {}
 
     def judge(
-        self, suspects: Iterable[int], num_tokens: Callable[[int], int], *, has_crashed: bool
+        self,
+        suspects: Iterable[int],
+        num_tokens: Callable[[int], int],
+        *,
+        was_alone: bool,
+        has_crashed: bool,
     ) -> tuple[list[int], set[int]]:
         """Tell who took part in the last core's last step.
 
         Args:
             suspects: handles of live requests.
             num_tokens: output tokens that a request has by now.
+            was_alone: whether these are all that took part, and of one request. One that was to be
+                run alone may have had others beside it: it had its new token, and that was lost
+                with the core.
             has_crashed: whether the core ended by itself.
 
         Returns:
@@ -46,7 +54,8 @@ class Quarantine:
             count, record = num_tokens(handle), self._records.get(handle)
             if record is None or record.num_tokens != count:
                 record = _Record(count, 0, ran_alone=False)
-            if record.ran_alone and (has_crashed or record.num_fatal_steps > 1):
+            is_proof = was_alone and (has_crashed or record.num_fatal_steps > 1)
+            if record.ran_alone and is_proof:
                 culprits.append(handle)
                 continue
             num_fatal_steps = record.num_fatal_steps + 1

@@ -1,5 +1,7 @@
 """Who is run alone, and who is to blame."""
 
+import pytest
+
 from footplate.frontend.quarantine import Quarantine
 
 
@@ -13,16 +15,23 @@ class Case:
     def runs_alone(self, handle: int) -> bool:
         return self._quarantine.runs_alone(handle, self.num_tokens.get(handle, 0))
 
-    def crash(self, *suspects: int) -> tuple[list[int], set[int]]:
-        return self._judge(suspects, has_crashed=True)
+    def crash(self, *suspects: int, was_alone: bool = True) -> tuple[list[int], set[int]]:
+        return self._judge(suspects, was_alone, has_crashed=True)
 
-    def kill(self, *suspects: int) -> tuple[list[int], set[int]]:
-        return self._judge(suspects, has_crashed=False)
+    def kill(self, *suspects: int, was_alone: bool = True) -> tuple[list[int], set[int]]:
+        return self._judge(suspects, was_alone, has_crashed=False)
 
-    def _judge(self, suspects: tuple[int, ...], has_crashed: bool) -> tuple[list[int], set[int]]:
+    def _judge(
+        self, suspects: tuple[int, ...], was_alone: bool, has_crashed: bool
+    ) -> tuple[list[int], set[int]]:
         # As of live requests: it is asked of no others.
         count = {handle: self.num_tokens.get(handle, 0) for handle in suspects}
-        return self._quarantine.judge(suspects, count.__getitem__, has_crashed=has_crashed)
+        return self._quarantine.judge(
+            suspects,
+            count.__getitem__,
+            was_alone=was_alone and len(suspects) == 1,
+            has_crashed=has_crashed,
+        )
 
 
 def test_whoever_took_part_in_a_crash_is_run_alone() -> None:
@@ -100,6 +109,22 @@ def test_a_suspect_that_is_killed_again_and_again_is_to_blame() -> None:
     case.crash(1)
     case.kill(1)
     assert case.kill(1) == ([1], set())
+
+
+@pytest.mark.parametrize("others", [(), (2,)], ids=["of other sessions", "of its own"])
+def test_who_had_others_beside_it_is_not_to_blame(others: tuple[int, ...]) -> None:
+    case = Case()
+    case.crash(1)
+    # It was alone, had a token, was alone no longer, and the token was lost.
+    assert case.crash(1, *others, was_alone=False) == ([], {1, *others})
+    assert case.crash(1) == ([1], set())
+
+
+def test_siblings_that_were_alone_are_to_blame_together() -> None:
+    quarantine = Quarantine()
+    for blamed in ([], [1, 2]):
+        culprits, _ = quarantine.judge((1, 2), lambda _: 0, was_alone=True, has_crashed=True)
+        assert culprits == blamed
 
 
 def test_a_suspect_is_one_until_it_has_a_token_however_often_it_is_sent() -> None:

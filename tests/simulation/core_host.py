@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from msgspec.structs import replace
+
 from footplate.backend.engine_core import EngineCore
 from footplate.backend.request import Request
 from footplate.backend.step import RunnerFacts, StepPlan, StepResult
@@ -144,6 +146,7 @@ class CoreHost:
         self.is_stopped = False
         self.is_hung = False
         self._clock = clock
+        self._random = random
         self._last = last
         self._setting = setting
         scheduler = setting.scheduler
@@ -214,6 +217,7 @@ class CoreHost:
             self._setting.requests,
             self._last.suspects.get(hello.session, []),
             self._last.has_crashed,
+            num_suspects=sum(map(len, self._last.suspects.values())),
         )
 
     # ---- the busy loop
@@ -275,7 +279,18 @@ class CoreHost:
             if self.gate is not None:
                 self.gate.look_at(client, outputs)
             if link := self._links.get(client):
-                link.push(outputs)
+                for part in self._in_parts(outputs):
+                    link.push(part)
+
+    def _in_parts(self, outputs: StepOutputs) -> list[StepOutputs]:
+        """A message may be closed behind any entry when it is full, and a token may be a run."""
+        chance = self._random.random()
+        if chance < 0.15 and outputs.finished:
+            rest = StepOutputs(outputs.epoch, [], [], [], finished=outputs.finished)
+            return [replace(outputs, finished=[]), rest]
+        if chance < 0.3:
+            return [replace(outputs, counts=[1] * len(outputs.handles))]
+        return [outputs]
 
     # ---- its end
 

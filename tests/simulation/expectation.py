@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 from footplate.frontend.logprobs import Logprobs
 from footplate.frontend.outputs import CompletionOutput, RequestOutput
@@ -83,8 +84,9 @@ class ExpectedCompletion:
     read_ids: list[int] = field(default_factory=list)
     read_text: str = ""
     finish_reason: str | None = None
+    ended_at: float = inf
 
-    def read(self, output: CompletionOutput) -> None:
+    def read(self, output: CompletionOutput, now: float) -> None:
         """The next output of it: the right tokens, no more."""
         assert self.finish_reason is None, "an output behind the end"
         start = len(self.read_ids) if self.is_delta else 0
@@ -98,7 +100,7 @@ class ExpectedCompletion:
         assert self.read_ids == self.token_ids[: len(self.read_ids)], "a wrong token, or too many"
         self._check_logprobs(output.logprobs, start)
         if output.finish_reason is not None:
-            self.finish_reason = output.finish_reason
+            self.finish_reason, self.ended_at = output.finish_reason, now
             self._check_end(output)
 
     def _check_logprobs(self, logprobs: Logprobs | None, start: int) -> None:
@@ -133,6 +135,7 @@ class ExpectedRequest:
     Attributes:
         was_aborted: by its user.
         num_sent: how often it went over the wire.
+        arrival: when it was made, in seconds.
         has_ended: its consumer has been told.
     """
 
@@ -151,8 +154,9 @@ class ExpectedRequest:
         self.num_sent = 0
         self.has_ended = False
         self.error: FootplateError | None = None
+        self.arrival = clock()
+        self._sent_at: dict[bytes, float] = {}  # by connection, of what has arrived
         self._clock = clock
-        self._arrival = clock()
         params = stream.params
         self._is_delta = params.output_kind is RequestOutputKind.DELTA
         self._told_prompt = False
@@ -183,17 +187,28 @@ class ExpectedRequest:
         """Whether no core survives it."""
         return self.message.cache_salt == POISON
 
-    def check_sent(self, message: AddRequest, sent_at: float) -> None:
+    def check_sent(self, message: AddRequest, routing_id: bytes, sent_at: float) -> None:
         """What goes over the wire in its name is what its user asked for, and as old as it is."""
         own = self.message
         same = (message.priority, message.cache_salt, message.deadline_s, message.prompt_token_ids)
         assert same == (own.priority, own.cache_salt, own.deadline_s, own.prompt_token_ids)
-        assert abs(message.age_s - (sent_at - self._arrival)) < 1e-6, "its clock was set"
+        assert abs(message.age_s - (sent_at - self.arrival)) < 1e-6, "its clock was set"
+        prior, first = message.prior_token_ids, message.handle - own.handle
+        for completion in self.completions[first : first + message.n]:
+            assert completion.token_ids[: len(prior)] == prior, "a wrong beginning"
+            assert len(prior) >= len(completion.read_ids) - 1, "what is known is computed again"
+            assert sent_at <= completion.ended_at, "sent again behind its end"
         self.num_sent += 1
+        self._sent_at[routing_id] = sent_at
+
+    def check_arrival(self, routing_id: bytes, arrival: float) -> None:
+        """A core that runs it takes it to be as old as it is, less the time under way."""
+        under_way_s = self._clock() - self._sent_at[routing_id]
+        assert arrival < self.arrival + under_way_s + 1e-6, "its clock was set"
 
     def passes_deadline(self, has_token: bool) -> bool:
         """Whether its time is up."""
-        age_s, message = self._clock() - self._arrival, self.message
+        age_s, message = self._clock() - self.arrival, self.message
         return any(
             seconds is not None and seconds <= age_s
             for seconds in (message.deadline_s, None if has_token else message.ttft_deadline_s)
@@ -219,7 +234,7 @@ class ExpectedRequest:
     def _read(self, output: RequestOutput) -> None:
         for completion in output.outputs:
             expected = self.completions[completion.index]
-            expected.read(completion)
+            expected.read(completion, self._clock())
             if completion.finish_reason == "deadline":
                 assert self.passes_deadline(bool(expected.read_ids)), "a deadline before its time"
         wants_prompt = self.stream.params.prompt_logprobs is not None

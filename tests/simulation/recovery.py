@@ -49,7 +49,11 @@ class Recovery:
     def _judge(self, welcome: Welcome, live: dict[int, Completion]) -> None:
         suspects = [handle for handle in welcome.suspects if handle in live]
         culprits, _ = self._quarantine.judge(
-            suspects, lambda handle: live[handle].num_tokens, has_crashed=welcome.has_crashed
+            suspects,
+            lambda handle: live[handle].num_tokens,
+            was_alone=len(suspects) == welcome.num_suspects
+            and len({live[handle].stream.request_id for handle in suspects}) == 1,
+            has_crashed=welcome.has_crashed,
         )
         ends = [Finished(handle, FinishReason.ERROR, BLAME) for handle in culprits]
         self._client.handle(StepOutputs(welcome.epoch, [], [], [], finished=ends), 0.0)

@@ -16,7 +16,7 @@ from footplate.frontend.stream import RequestStream
 from footplate.frontend.text import StopStrings
 from footplate.frontend.token_params import resolve_params
 from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfig
-from footplate.protocol.errors import EngineDeadError
+from footplate.protocol.errors import EngineDeadError, QueueOverflowError
 from footplate.protocol.messages import AddRequest, ModelFacts
 from footplate.protocol.params import RepetitionDetectionParams, RequestOutputKind
 from footplate.protocol.token_params import Grammar
@@ -59,7 +59,7 @@ class World:
         self._setting = self._make_setting()
         self._nemesis_rate = random.choice((0.0, 0.02, 0.05, 0.1))
         self._faults = random.sample(list(FAULTS), random.randint(1, len(FAULTS)))
-        self._poison_rate = random.choice((0.0, 0.0, 0.0, 0.1))
+        self._poison_rate = random.choice((0.0, 0.0, 0.0, 0.1, 0.3))
         max_restarts = 2 if random.random() < 0.05 else 1000
         self.supervisor = Supervisor(self._setting, self._clock, random, max_restarts)
         self._links: list[Link] = []
@@ -155,10 +155,12 @@ class World:
 
     def _settle(self) -> None:
         """No more faults; as many turns as it takes. Poison is still there."""
-        supervisor, patience = self.supervisor, 3000
+        supervisor, patience, num_idle = self.supervisor, 3000, 0
         while not supervisor.is_spent and not self._is_done():
             patience -= 1
             assert patience, "no end in sight"
+            num_idle = 0 if self._is_anybody_waiting() else num_idle + 1
+            assert num_idle < 10, "a core works for nobody"
             self.now += 0.005
             host = supervisor.host
             if host is None or host.is_hung or host.is_stopped:
@@ -175,6 +177,14 @@ class World:
             for session in self.sessions:
                 session.on_dead()
         self._read()
+
+    def _is_anybody_waiting(self) -> bool:
+        host = self.supervisor.host
+        is_well = host is not None and not (host.is_hung or host.is_stopped)
+        return not is_well or any(
+            not s.is_serving or s.client.num_live or s.link.is_cut or s.link.outputs
+            for s in self.sessions
+        )
 
     def _is_done(self) -> bool:
         host = self.supervisor.host
@@ -193,8 +203,9 @@ class World:
         random = self._random
         session = random.choice(self.sessions)
         requests = self._requests[session.name]
-        if random.random() < 0.8 and self._num_requests < MAX_REQUESTS:
-            self._submit(session)
+        if random.random() < 0.85:
+            if self._num_requests < MAX_REQUESTS:
+                self._submit(session)
         elif requests:
             request = random.choice(list(requests.values()))
             if not request.stream.is_finished:
@@ -355,7 +366,7 @@ class World:
             if isinstance(message, AddRequest):
                 request = self._requests.get(session_of(link.routing_id), {}).get(message.handle)
                 if request is not None:
-                    request.check_sent(message, sent_at)
+                    request.check_sent(message, link.routing_id, sent_at)
             if not link.to_core:
                 full.remove(link)
                 if link.is_closed:
@@ -423,9 +434,7 @@ class World:
         host = self.supervisor.host
         if host is None or host.is_stopped or host.is_hung:
             return
-        if host.is_in_step:
-            self._end(host)
-        elif host.has_work and self._begin(host) and self._random.random() < 0.8:
+        if host.is_in_step or (host.has_work and self._begin(host) and self._random.random() < 0.8):
             self._end(host)
 
     def _end(self, host: CoreHost) -> None:
@@ -444,6 +453,10 @@ class World:
             else:
                 self.supervisor.kill("crash", has_crashed=True)
             return False
+        for ran in host.runner.participants:
+            requests = self._requests.get(session_of(ran.client))
+            if requests is not None:
+                requests[ran.handle].check_arrival(ran.client, ran.arrival_time)
         return True
 
     # ---- the nemesis
@@ -537,8 +550,9 @@ class World:
             assert client.num_live == 0 and client.replay(self.now) == []
             assert (client.waiting.num_reqs, client.waiting.num_tokens) == (0, 0)
             self.happened["replay"] += session.recovery.num_replayed
-            for request in self._requests[session.name].values():
+            for request in set(self._requests[session.name].values()):
                 assert request.has_ended, "a request without end"
+                self._count_ends(request)
         host = self.supervisor.host
         if host is not None and not self.supervisor.is_spent:
             names = {session.link.routing_id for session in self.sessions}
@@ -546,6 +560,19 @@ class World:
             self.happened["preemption"] += host.core.stats().num_preemptions
         self.happened += self.supervisor.happened
         return self.happened
+
+    def _count_ends(self, request: ExpectedRequest) -> None:
+        for completion in request.completions:
+            self.happened[completion.finish_reason or "unread"] += 1
+            self.happened["stop string"] += (
+                completion.finish_reason == "stop" and type(completion.stop) is str
+            )
+        match request.error:
+            case QueueOverflowError():
+                self.happened["overflow"] += 1
+            case EngineDeadError():
+                self.happened["spent"] += 1
+        self.happened["grammar"] += request.message.params.grammar is not None
 
     def _note(self, what: str, about: object = "") -> None:
         self.happened[what] += 1
@@ -566,3 +593,16 @@ FAULTS = {
 
 
 CORE_RUNS_ALONE = core_runs_alone()
+
+
+def run_world(seed: int) -> Counter[str]:
+    """One run, and its books. What fails says how it came to that."""
+    world = World(seed)
+    try:
+        return world.run()
+    except Exception as error:
+        error.add_note("the last events, by number and time:")
+        for event in world.events:
+            error.add_note(f"  {event}")
+        error.add_note(f"to replay: pytest tests/simulation --simulation-seed {seed}")
+        raise
