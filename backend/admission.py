@@ -118,13 +118,15 @@ class Admission:
             _check_seconds("ttft_deadline_s", message.ttft_deadline_s)
         if message.deadline_s is not None:
             _check_seconds("deadline_s", message.deadline_s)
-        if message.is_replay:
-            return  # it has waited already
+        if not message.is_replay:
+            self._check_queue(message, backlog)
+
+    def _check_queue(self, message: AddRequest, backlog: Backlog) -> None:
         if (limit := self._config.max_num_queued_reqs) is not None:
-            _check_queue("reqs", limit, backlog.num_requests, message.n)
+            _check_room("reqs", limit, backlog.num_requests, message.n)
         if (limit := self._config.max_num_queued_tokens) is not None:
             num_tokens = len(message.prompt_token_ids)
-            _check_queue("tokens", limit, backlog.num_tokens, num_tokens)
+            _check_room("tokens", limit, backlog.num_tokens, num_tokens)
 
     def _check_prompt(self, prompt: list[int]) -> None:
         limit = self._max_model_len
@@ -252,7 +254,7 @@ def _check_seconds(name: str, seconds: float) -> None:
         raise RefusalError(f"{name} is {seconds}, must be finite and at least 0")
 
 
-def _check_queue(what: str, limit: int, count: int, more: int) -> None:
+def _check_room(what: str, limit: int, count: int, more: int) -> None:
     if count + more > limit:
         raise RefusalError(
             f"{count} are queued and {more} more would exceed max_num_queued_{what}, which is "
