@@ -29,7 +29,7 @@ _ENTRY = struct.Struct("<8sq")
 _NOBODY = bytes(8)  # in the place of a digest: a client without a session cannot be told
 MAX_FILE_BYTES = 2**24
 
-Suspects = Mapping[bytes, list[int]]  # handles by digest of their session
+Suspects = Mapping[bytes, list[int]]  # handles by digest of their session, or of nobody
 
 
 def digest_session(session: bytes) -> bytes:
@@ -176,8 +176,7 @@ def _parse(content: bytes) -> Suspects:
         return {}
     suspects: dict[bytes, list[int]] = {}
     for digest, handle in _ENTRY.iter_unpack(entries):
-        if digest != _NOBODY:
-            suspects.setdefault(digest, []).append(handle)
+        suspects.setdefault(digest, []).append(handle)
     return suspects
 
 

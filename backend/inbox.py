@@ -265,7 +265,8 @@ class Inbox:
     def _welcome(self, client: ClientId, hello: Hello) -> list[InboxEvent]:
         assert isinstance(self._state, Welcome)
         suspects = suspects_of(hello.session, self._suspects)
-        welcome = replace(self._state, suspects=suspects) if suspects else self._state
+        num_suspects = sum(map(len, self._suspects.values()))
+        welcome = replace(self._state, suspects=suspects, num_suspects=num_suspects)
         if client in self._clients:  # it asked again before it saw the answer
             self._answer(client, welcome)
             return []

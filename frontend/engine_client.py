@@ -112,6 +112,10 @@ class EngineClient:
         """Output tokens of a live handle so far."""
         return self._by_handle[handle].num_tokens
 
+    def request_id(self, handle: int) -> str:
+        """The request that a live handle is part of."""
+        return self._by_handle[handle].stream.request_id
+
     def fail(self, handle: int, error: RequestFailedError) -> None:
         """End the whole request that a live handle is part of. The core has not heard of it, or
         is not to hear of it again."""

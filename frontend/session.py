@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from msgspec.structs import replace
-
 from footplate.frontend.connection import Connection
 from footplate.frontend.control_calls import ControlCall, ControlCalls
 from footplate.frontend.core_watch import CoreWatch
@@ -23,7 +21,7 @@ from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineEvent, EngineState, advance
 from footplate.frontend.health import Health, Restart
-from footplate.frontend.quarantine import Quarantine
+from footplate.frontend.recovery import Recovery
 from footplate.frontend.supervisor import Supervisor
 from footplate.frontend.watchdog import Patience, Verdict
 from footplate.protocol.errors import (
@@ -79,7 +77,6 @@ class Session:
         state: where the engine is in its life.
         dead_error: why it died, if it did.
         num_restarts: cores that have been replaced.
-        num_replayed: requests that were given to another core.
     """
 
     def __init__(
@@ -104,7 +101,6 @@ class Session:
         self.state = EngineState.NEW
         self.dead_error: EngineError | None = None
         self.num_restarts = 0
-        self.num_replayed = 0
         self._client = client
         self._supervisor = supervisor
         self._address = address
@@ -118,7 +114,7 @@ class Session:
         self._recovering: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._watch: CoreWatch | None = None
-        self._quarantine = Quarantine()
+        self._recovery = Recovery(client)
         self._calls = ControlCalls()
         self._owner: int | None = None
         self._losing: asyncio.TimerHandle | None = None
@@ -145,6 +141,11 @@ class Session:
     def process_id(self) -> int | None:
         """The core's pid; None until it was ready for the first time."""
         return None if self._welcome is None else self._welcome.process_id
+
+    @property
+    def num_replayed(self) -> int:
+        """Requests that were given to another core, all restarts together."""
+        return self._recovery.num_replayed
 
     # ---- life
 
@@ -216,7 +217,7 @@ class Session:
             raise
         self._advance(EngineEvent.READY)
         self._starting = None
-        self._client.note_weights(self._welcome.weights_version)
+        self._replay("", self._welcome)
         self._become_ready()
 
     async def _connect(self, timeout_s: float) -> Welcome:
@@ -390,9 +391,7 @@ class Session:
         """Serve with the core that has come; how many requests go on in it."""
         self._welcome = welcome
         self._advance(EngineEvent.READY)
-        self._client.note_weights(welcome.weights_version)
         num_replayed = self._replay(cause, welcome)
-        self.num_replayed += num_replayed
         self._become_ready()
         return num_replayed
 
@@ -465,28 +464,12 @@ class Session:
     def _replay(self, cause: str, welcome: Welcome) -> int:
         """Give the new core every live request, and how many those are."""
         assert self._connection is not None
-        client = self._client
-        suspects = [handle for handle in welcome.suspects if client.is_live(handle)]
-        culprits, alone = self._quarantine.judge(
-            suspects, client.num_tokens, has_crashed=welcome.has_crashed
-        )
-        for handle in culprits:
-            client.fail(
-                handle,
-                RequestFailedError(
-                    f"it was running alone when the engine core ended ({cause}), and had taken "
-                    "part in the step in which the one before ended: it is not run again"
-                ),
-            )
-        messages = client.replay(time.monotonic())
+        messages = self._recovery.welcome(welcome, time.monotonic(), cause)
         for message in messages:
-            handles = range(message.handle, message.handle + message.n)
-            if alone and not alone.isdisjoint(handles):
-                message = replace(message, run_alone=True)
             try:
                 self._connection.send(message)
             except MessageTooLargeError as error:  # its output has grown too large for a message
-                client.fail(message.handle, RequestFailedError(str(error)))
+                self._client.fail(message.handle, RequestFailedError(str(error)))
         for call in self._calls.messages:
             self._connection.send(call)
         return len(messages)
@@ -599,7 +582,7 @@ class Session:
         for message in messages:
             match message:
                 case StepOutputs():
-                    if self._welcome is None or message.epoch != self._welcome.epoch:
+                    if not self._recovery.accepts(message):
                         continue
                     try:
                         over += self._client.handle(message, now)

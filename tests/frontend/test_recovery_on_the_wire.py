@@ -65,7 +65,7 @@ async def succeeded(core: ScriptedCore, **welcome: Any) -> AsyncIterator[Scripte
     """The core vanishes, and another that is ready takes its address."""
     core.close()
     with ScriptedCore.at(core.address) as other:
-        await other.accept(replace(WELCOME, epoch=NEXT, **welcome))
+        await other.accept(replace(WELCOME, **{"epoch": NEXT, **welcome}))
         yield other
 
 
@@ -239,16 +239,18 @@ async def test_suspects_are_run_alone_and_one_that_was_alone_in_a_fatal_step_is_
         _, second = await ask(engine, core)
         _, third = await ask(engine, core)
         suspects = [first.handle, second.handle]
-        async with succeeded(core, suspects=suspects, has_crashed=True) as other:
+        crashed = {"has_crashed": True, "num_suspects": 2}
+        async with succeeded(core, suspects=suspects, **crashed) as other:
             heard = [await other.hear_request() for _ in range(3)]
             assert [request.run_alone for request in heard] == [True, True, False]
-            async with succeeded(other, suspects=[first.handle], has_crashed=True) as last:
+            crashed["num_suspects"] = 1
+            async with succeeded(other, suspects=[first.handle], epoch=77, **crashed) as last:
                 heard = [await last.hear_request() for _ in range(2)]
                 assert [(r.handle, r.run_alone) for r in heard] == [
                     (second.handle, False),
                     (third.handle, False),
                 ]
-                with pytest.raises(RequestFailedError, match="it was running alone when"):
+                with pytest.raises(RequestFailedError, match="in which it took part alone"):
                     await next_tokens(poison)
 
 

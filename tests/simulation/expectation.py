@@ -7,6 +7,7 @@ from math import inf
 
 from footplate.frontend.logprobs import Logprobs
 from footplate.frontend.outputs import CompletionOutput, RequestOutput
+from footplate.frontend.recovery import BLAME
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.text.detokenizer import PieceDetokenizer
 from footplate.frontend.text.pieces import PieceTable, TokenBytes
@@ -17,7 +18,6 @@ from footplate.protocol.params import RequestOutputKind, SamplingParams
 from .core_host import BAD_GRAMMAR, POISON
 from .marks import Marks
 from .oracle import expected_stream, row_of, single_requests
-from .recovery import BLAME
 
 # Half of the tokens are parts of characters, some of them broken for ever.
 PIECES = [

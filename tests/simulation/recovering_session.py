@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from footplate.frontend.completion import Completion
 from footplate.frontend.engine_client import EngineClient
+from footplate.frontend.recovery import Recovery
 from footplate.frontend.stream import RequestStream
 from footplate.protocol.errors import EngineDeadError
 from footplate.protocol.messages import (
@@ -17,7 +18,6 @@ from footplate.protocol.messages import (
 )
 
 from .link import Link, decode_of_core
-from .recovery import Recovery
 
 
 class RecoveringSession:
@@ -86,7 +86,7 @@ class RecoveringSession:
         if self.is_serving:
             return None
         self.is_serving = True
-        for request in self.recovery.welcome(message, self.live(), self._clock()):
+        for request in self.recovery.welcome(message, self._clock()):
             self.link.say(request, self._clock())
         return message
 

@@ -13,13 +13,13 @@ from footplate.frontend.completion import Completion
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.logprobs import ScoredTokens
 from footplate.frontend.quarantine import Quarantine
+from footplate.frontend.recovery import Recovery
 from footplate.frontend.restart_budget import RestartBudget
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.watchdog import Watchdog
 
 from .mutation import Mutant
 from .recovering_session import RecoveringSession
-from .recovery import Recovery
 from .world import World
 
 NUM_WORLDS = 500
@@ -133,12 +133,12 @@ MUTANTS = {
     "outputs of another time are taken": Mutant(
         Recovery, "accepts", "outputs.epoch == self._epoch", "True"
     ),
-    "suspects who are gone are judged": Mutant(Recovery, "_judge", "if handle in live", "if True"),
-    "culprits are run again": Mutant(
-        Recovery, "_judge", "self._client.handle(", "(lambda *_: None)("
+    "suspects who are gone are judged": Mutant(
+        Recovery, "_judge", "if client.is_live(handle)]", "if True]"
     ),
+    "culprits are run again": Mutant(Recovery, "_judge", "client.fail(", "(lambda *_: None)("),
     "nobody tells the core to run one alone": Mutant(
-        Recovery, "welcome", "run_alone=self._runs_alone(message, live)", "run_alone=False"
+        Recovery, "welcome", "if self._runs_alone(message)", "if False"
     ),
     "a new connection is taken for one that serves": Mutant(
         RecoveringSession, "_open", "self.is_serving = False", "pass"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from footplate.frontend import RequestMetrics, SamplingParams
 from footplate.frontend.output_text import OutputText
+from footplate.frontend.recovery import BLAME
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.text import StopStrings
 from footplate.frontend.token_params import resolve_params
@@ -33,7 +34,6 @@ from .core_host import (
 from .expectation import PIECES, ExpectedRequest, make_detokenizer
 from .link import Link, session_of
 from .recovering_session import RecoveringSession
-from .recovery import BLAME
 from .supervisor import PATIENCE, Supervisor
 
 NUM_EVENTS = 200
