@@ -235,6 +235,8 @@ class Welcome(Message, tag="welcome", frozen=True):
         has_crashed: whether that core ended by itself; False when it was killed from outside,
             and when there was none.
         weights_version: as it was given to the engine.
+        role: what this client may ask for: "generate", or "admin", who may also ask for what
+            concerns the others.
     """
 
     epoch: int
@@ -247,6 +249,7 @@ class Welcome(Message, tag="welcome", frozen=True):
     suspects: list[int] = []
     has_crashed: bool = False
     weights_version: str = ""
+    role: str = "admin"
 
 
 class Pong(Message, tag="pong", frozen=True):
@@ -278,7 +281,8 @@ class Refused(Message, tag="refused", frozen=True):
 
     Attributes:
         kind: "protocol" (versions differ), "start" (start-up failed), "address" (another process
-            holds it), "hello" (malformed) or "dismissed" (too much was left unread).
+            holds it), "hello" (malformed), "dismissed" (too much was left unread) or "revoked"
+            (the client's key is no longer valid).
     """
 
     kind: str
