@@ -15,11 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from footplate.backend.core_files import CoreFiles
+from footplate.backend.discretion import without_places
 from footplate.backend.engine_core import EngineCore
-from footplate.backend.inbox import Inbox, Joined, Left, Unreadable
+from footplate.backend.inbox import Forbidden, Inbox, Joined, Left, Unreadable
 from footplate.backend.logits.processor import load_processors
 from footplate.backend.outbox import Outbox
 from footplate.backend.pulse import Pulse
@@ -40,6 +42,7 @@ from footplate.protocol.messages import (
     Ping,
     Progress,
     Refused,
+    StepOutputs,
     Welcome,
 )
 
@@ -67,7 +70,7 @@ def run_core(config: CoreConfig, death_line: int) -> None:
         pulse = Pulse()
         with files.claim_address():
             try:
-                inbox = Inbox(context, config.address, pulse)
+                inbox = Inbox(context, config.address, pulse, config.security)
             except zmq.ZMQError as error:
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
@@ -78,8 +81,10 @@ def run_core(config: CoreConfig, death_line: int) -> None:
             run_busy_loop(core, inbox, outbox, pulse)
         except Exception as error:
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
-            inbox.announce(Refused("start", root_cause(error)))
-            outbox.broadcast(Encoder().encode(EngineFailed(root_cause(error))))
+            cause, encode = root_cause(error), Encoder().encode
+            inbox.announce(Refused("start", cause))
+            last_words = EngineFailed(cause), EngineFailed(without_places(cause))
+            outbox.broadcast(*map(encode, last_words))
             raise
         finally:
             # The inbox first: it looks at the monitors of the outbox's sockets.
@@ -150,19 +155,21 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
     while True:
         for client, event in inbox.take(_patience(core, outbox)):
             match event:
-                case Joined(push=push):
-                    outbox.join(client, push)
-                    core.join(client)
+                case Joined(push=push, peer=peer):
+                    outbox.join(client, push, peer.is_insider)
+                    core.join(client, peer)
                 case Left():
                     core.leave(client)
                     outbox.leave(client)
                 case Unreadable(handle=handle, why=why):
                     core.refuse(client, handle, why)
+                case Forbidden(call=call, why=why):
+                    outbox.send(client, encoder.encode(ControlReply(call, False, why)))
                 case Hello() | Goodbye() | Ping():
                     raise AssertionError("the inbox keeps these to itself")
                 case GetStats(call=call):
                     # Only here the core's books and the inbox's come together.
-                    stats = core.stats(inbox.num_bad_messages)
+                    stats = core.stats(inbox.num_bad_messages, inbox.num_rejected_peers)
                     outbox.send(client, encoder.encode(ControlReply(call, True, stats=stats)))
                 case _:
                     if reply := core.handle(client, event):
@@ -171,11 +178,21 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
         core.step()
         pulse.end()
         for client, outputs in core.take_outputs():
+            if outputs.finished and not outbox.is_insider(client):
+                outputs = _discreetly(outputs)
             if not outbox.send(client, encoder.encode(outputs)):
                 core.leave(client)
                 inbox.dismiss(client, "the client left too much of its output unread")
         if outbox.has_backlog:
             outbox.flush()
+
+
+def _discreetly(outputs: StepOutputs) -> StepOutputs:
+    ends = [
+        msgspec.structs.replace(end, message=without_places(end.message))
+        for end in outputs.finished
+    ]
+    return msgspec.structs.replace(outputs, finished=ends)
 
 
 def _patience(core: EngineCore, outbox: Outbox) -> float | None:

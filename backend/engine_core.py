@@ -9,7 +9,9 @@ from footplate.backend.admission import Admission, RefusalError, handles_of, mak
 from footplate.backend.block_pool import BlockPool
 from footplate.backend.deadlines import Deadlines
 from footplate.backend.delivery import Delivery
+from footplate.backend.quotas import Quota, Quotas
 from footplate.backend.request import Request, State
+from footplate.backend.roles import Peer
 from footplate.backend.scheduler import Scheduler
 from footplate.backend.step import ModelRunner, StepPlan, StepResult, produced
 from footplate.backend.structured.interface import CompiledGrammar, CompilesGrammars, GrammarError
@@ -92,6 +94,8 @@ class EngineCore:
         self._deadlines = Deadlines()
         self._delivery = Delivery(epoch)
         self._requests: dict[ClientId, dict[int, Request]] = {}
+        self._quotas = Quotas()
+        self._quota_of: dict[ClientId, Quota] = {}  # of clients that have one
         self._grammars = grammars
         self._compiling: dict[int, list[Request]] = {}  # by the key of the first
         self._num_keys = 0
@@ -112,15 +116,22 @@ class EngineCore:
 
     # ---- what clients say
 
-    def join(self, client: ClientId) -> None:
-        """A client that may send requests from now on, until it leaves."""
+    def join(self, client: ClientId, peer: Peer = Peer()) -> None:  # noqa: B008 (frozen)
+        """A client that may send requests from now on, until it leaves.
+
+        Args:
+            peer: who it is, with its limits.
+        """
         assert client not in self._requests, "its requests would be out of reach"
         self._requests[client] = {}
+        if (quota := self._quotas.of(peer)) is not None:
+            self._quota_of[client] = quota
 
     def leave(self, client: ClientId) -> None:
         """Free everything a client held, and forget it. Unknown clients are no error."""
         for request in self._requests.pop(client, {}).values():
             self._scheduler.finish(request, FinishReason.ABORT)
+        self._quota_of.pop(client, None)
         self._scheduler.forget(client)
         self._delivery.forget(client)
 
@@ -144,8 +155,11 @@ class EngineCore:
         return None
 
     def _add(self, client: ClientId, live: dict[int, Request], message: AddRequest) -> None:
+        quota = self._quota_of.get(client)
         try:
             self._admission.check(message, live, self._scheduler.backlog)
+            if quota is not None:
+                quota.check(message)
         except RefusalError as refusal:
             logger.info("request %d refused: %s", message.handle, refusal)
             for handle in handles_of(message):
@@ -155,6 +169,7 @@ class EngineCore:
         self._num_keys += len(requests)
         for request in requests:
             live[request.handle] = request
+            request.account = None if quota is None else quota.account
             self._num_prompt_tokens += request.num_prompt_tokens
             if message.ttft_deadline_s is not None or message.deadline_s is not None:
                 self._deadlines.add(request, message.ttft_deadline_s, message.deadline_s)
@@ -288,7 +303,7 @@ class EngineCore:
         """What every client is to be told; each output is handed out once."""
         return self._delivery.take()
 
-    def stats(self, num_bad_messages: int = 0) -> Stats:
+    def stats(self, num_bad_messages: int = 0, num_rejected_peers: int = 0) -> Stats:
         """The books, as they stand between two steps."""
         scheduler, pool = self._scheduler, self._pool
         return Stats(
@@ -303,6 +318,7 @@ class EngineCore:
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
             num_bad_messages=num_bad_messages,
+            num_rejected_peers=num_rejected_peers,
         )
 
     def check_ledger(self) -> None:

@@ -12,6 +12,7 @@ from footplate.protocol.messages import FinishReason
 from footplate.protocol.token_params import TokenParams
 
 if TYPE_CHECKING:
+    from footplate.backend.quotas import Account
     from footplate.backend.siblings import Siblings
 
 
@@ -76,6 +77,7 @@ class Request:
         repetition: notices when the output goes round in circles; None does not look.
         siblings: the other requests of the same AddRequest; None when it is alone.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission; -1 before.
+        account: what its client's key has in the core; None where that has no limit.
     """
 
     key: int
@@ -101,6 +103,7 @@ class Request:
     num_scored: int = 0
     repetition: RepetitionDetector | None = None
     siblings: Siblings | None = None
+    account: Account | None = None
     finish_reason: FinishReason | None = None
 
     @property

@@ -12,6 +12,7 @@ from footplate.frontend.beam_search import BeamSearch
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineState
+from footplate.frontend.link_keys import keys_to_connect
 from footplate.frontend.outputs import RequestOutput
 from footplate.frontend.prompts import Prompt, parse_prompt, resolve_max_tokens
 from footplate.frontend.request_preparation import RequestPreparation
@@ -63,6 +64,8 @@ class AsyncLLMEngine:
         engine_args: EngineArgs | None = None,
         *,
         address: str | None = None,
+        key_file: str | None = None,
+        insecure_tcp: bool = False,
         tokenizer: str | None = None,
         start_timeout_s: float | None = None,
         on_progress: ProgressCallback | None = None,
@@ -71,8 +74,9 @@ class AsyncLLMEngine:
         args = engine_args or EngineArgs()
         if start_timeout_s is None:
             start_timeout_s = args.start_timeout_s
+        keys = None if address is None else keys_to_connect(address, key_file, insecure_tcp)
         self._client = EngineClient()
-        self._session = Session(args, address, self._client, start_timeout_s, on_progress)
+        self._session = Session(args, address, self._client, start_timeout_s, on_progress, keys)
         self._preparation = RequestPreparation(self._session, tokenizer or args.tokenizer)
         self._random = random.Random()
 
@@ -92,6 +96,8 @@ class AsyncLLMEngine:
         cls,
         address: str | None = None,
         *,
+        key_file: str | None = None,
+        insecure_tcp: bool = False,
         tokenizer: str | None = None,
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> Self:
@@ -99,10 +105,20 @@ class AsyncLLMEngine:
         another. Shutting this object down leaves that engine running.
 
         Args:
+            key_file: for a tcp address: the keys that the engine's owner has made for this client.
+            insecure_tcp: for a loopback tcp address: do without; the engine may be anybody's.
             tokenizer: folder of the tokenizer, if the engine's own cannot be read from here.
+
+        Raises:
+            InvalidParameterError: address and keys do not go together.
+            KeyFileError: the file cannot be used.
         """
         return cls(
-            address=address or default_address(), tokenizer=tokenizer, start_timeout_s=timeout_s
+            address=address or default_address(),
+            key_file=key_file,
+            insecure_tcp=insecure_tcp,
+            tokenizer=tokenizer,
+            start_timeout_s=timeout_s,
         )
 
     # ---- life

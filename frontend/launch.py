@@ -14,6 +14,7 @@ from tqdm import tqdm
 from footplate.frontend.connection import Connection
 from footplate.frontend.core_process import CoreProcess
 from footplate.frontend.engine_args import EngineArgs
+from footplate.frontend.link_keys import new_owner_keys
 from footplate.protocol.errors import AddressInUseError, EngineStartError, InvalidParameterError
 from footplate.protocol.links import default_address, ipc_path, make_owned_dir
 from footplate.protocol.messages import Progress, Welcome
@@ -39,9 +40,9 @@ def launch(
     Parameters
     ----------
     address:
-        Where clients find it: ipc:///absolute/path or tcp://127.0.0.1:port. If not given,
-        footplate/engine.sock in $XDG_RUNTIME_DIR, else /tmp/footplate-UID/engine.sock, where
-        clients look by default.
+        Where clients find it: ipc:///absolute/path or, with --key-dir, tcp://host:port. If not
+        given, footplate/engine.sock in $XDG_RUNTIME_DIR, else /tmp/footplate-UID/engine.sock,
+        where clients look by default.
     """
     return asyncio.run(_Launcher(args, address or default_address()).run())
 
@@ -52,6 +53,7 @@ class _Launcher:
     def __init__(self, args: EngineArgs, address: str) -> None:
         self._args = args
         self._address = address
+        self._keys = None if args.key_dir is None else new_owner_keys(args.key_dir)
         self._stop = asyncio.Event()
         self._core_error: EngineStartError | None = None
 
@@ -64,7 +66,9 @@ class _Launcher:
         if path := ipc_path(self._address):
             make_owned_dir(path.parent)
         process = CoreProcess(
-            self._args.core_config(self._address),
+            self._args.core_config(
+                self._address, owner_key="" if self._keys is None else self._keys.public_key
+            ),
             lambda error: loop.call_soon_threadsafe(self._on_core_exit, error),
         )
         try:
@@ -94,6 +98,7 @@ class _Launcher:
                 on_messages=lambda messages: None,
                 on_lost=lambda cause: None,
                 on_progress=bar.show,
+                keys=self._keys,
             )
             opening = asyncio.create_task(connection.open(self._args.start_timeout_s))
             stopped = asyncio.create_task(self._stop.wait())

@@ -24,6 +24,7 @@ from footplate.protocol.errors import (
     EngineError,
     EngineStartError,
 )
+from footplate.protocol.keys import ClientKeys
 from footplate.protocol.links import make_private_dir
 from footplate.protocol.messages import (
     AbortRequests,
@@ -68,9 +69,11 @@ class Session:
         client: EngineClient,
         start_timeout_s: float,
         on_progress: ProgressCallback | None,
+        keys: ClientKeys | None = None,
     ) -> None:
         """Args:
         address: of an engine to attach to; None starts a core with `args`.
+        keys: for the link to it, if that is encrypted.
         client: is given all outputs, and told when the engine ends.
         """
         self.state = EngineState.NEW
@@ -80,6 +83,7 @@ class Session:
         self._client = client
         self._start_timeout_s = start_timeout_s
         self._on_progress = on_progress
+        self._keys = keys
         self._starting: asyncio.Task[None] | None = None
         self._process: CoreProcess | None = None
         self._connection: Connection | None = None
@@ -159,6 +163,7 @@ class Session:
                 on_messages=_weakly(self._on_messages),
                 on_lost=_weakly(self._on_connection_lost),
                 on_progress=_weakly(self._report_progress),
+                keys=self._keys,
             )
             self._welcome = await self._connection.open(self._start_timeout_s)
             self._require_wanted()
