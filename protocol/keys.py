@@ -19,6 +19,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from footplate.protocol.bounds import MAX_INT, require_int
 from footplate.protocol.errors import InvalidParameterError, KeyFileError
 from footplate.protocol.links import make_owned_dir
 
@@ -75,6 +76,11 @@ def is_key(text: str) -> bool:
 
 
 # ---- reading
+
+
+def has_server_key(key_dir: Path) -> bool:
+    """Whether the engine has a key, usable or not."""
+    return os.path.lexists(_server_file(key_dir))
 
 
 def read_server_key(key_dir: Path) -> KeyPair:
@@ -162,9 +168,12 @@ def make_client_key(key_dir: Path, name: str, keys: KeyPair, key_file: Path, gue
     """Let a new client in, and write the file that it needs.
 
     Raises:
-        InvalidParameterError: a name that is no good file name.
+        InvalidParameterError: a name that is no good file name, or a limit below 1.
         KeyFileError: the client or the file is there already, or the engine has no key.
     """
+    for limit in ("max_requests", "max_queued_tokens"):
+        if getattr(guest, limit) is not None:
+            require_int(limit, getattr(guest, limit), 1, MAX_INT)
     path = _guest_file(key_dir, name)
     server = read_server_key(key_dir)
     for taken in (path, key_file):

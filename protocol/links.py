@@ -12,7 +12,6 @@ import re
 import secrets
 import stat
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from footplate.protocol.errors import EngineStartError, InvalidParameterError
@@ -155,9 +154,15 @@ def make_owned_dir(folder: Path) -> None:
     Raises:
         EngineStartError: something else is there, somebody else owns it, or others may enter.
     """
-    # Something that is no folder is found below.
-    with suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        pass  # something that is no folder
+    except OSError as error:
+        raise EngineStartError(
+            f"the folder {folder} cannot be made: {error.strerror}: it must be a directory that "
+            "you own, choose another address"
+        ) from None
     require_owned_dir(folder)
 
 
