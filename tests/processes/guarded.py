@@ -5,7 +5,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,13 @@ class Proxy:
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self.recorded = b""
         self._sockets: list[socket.socket] = []
-        threading.Thread(target=self._run, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._run)
+
+    def _start(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _run(self) -> None:
         try:
@@ -176,10 +182,8 @@ class Proxy:
                 near, _ = self._listener.accept()
                 far = socket.create_connection(self._target)
                 self._sockets += [near, far]
-                for source, target, is_client in ((near, far, True), (far, near, False)):
-                    threading.Thread(
-                        target=self._forward, args=(source, target, is_client), daemon=True
-                    ).start()
+                self._start(self._forward, near, far, True)
+                self._start(self._forward, far, near, False)
         except OSError:
             return  # closed
 
@@ -197,11 +201,21 @@ class Proxy:
             pass
         finally:
             for end in (source, target):
-                end.close()
+                _shut(end)
 
     def close(self) -> None:
         for end in (self._listener, *self._sockets):
+            _shut(end)
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+        for end in (self._listener, *self._sockets):
             end.close()
+
+
+def _shut(end: socket.socket) -> None:
+    """Wake whoever waits on it, here and there, which closing does not."""
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
