@@ -19,6 +19,8 @@ class Backlog:
         """A request, or all the siblings of one prompt, has been taken in."""
         self.num_requests += len(requests)
         self.num_tokens += requests[0].num_prompt_tokens
+        if (account := requests[0].account) is not None:
+            account.num_queued_tokens += requests[0].num_prompt_tokens
 
     def leave(self, request: Request) -> None:
         """A request has its first step, or has ended without one."""
@@ -29,3 +31,5 @@ class Backlog:
             if siblings.num_queued:
                 return
         self.num_tokens -= request.num_prompt_tokens
+        if (account := request.account) is not None:
+            account.num_queued_tokens -= request.num_prompt_tokens

@@ -14,14 +14,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
+import msgspec
 import zmq
 
 from footplate.backend.cause import describe_cause
 from footplate.backend.core_files import CoreFiles
+from footplate.backend.discretion import without_places
 from footplate.backend.engine_core import ClientId, EngineCore
 from footplate.backend.flight_recorder import FlightRecorder, RecordedRunner, read_suspects
-from footplate.backend.inbox import Inbox, Joined, Left, Unreadable
+from footplate.backend.inbox import Forbidden, Inbox, Joined, Left, Unreadable
 from footplate.backend.logits.processor import load_processors
 from footplate.backend.outbox import Outbox
 from footplate.backend.pulse import Pulse
@@ -46,6 +49,7 @@ from footplate.protocol.messages import (
     Ping,
     Progress,
     Refused,
+    StepOutputs,
     Welcome,
 )
 
@@ -73,7 +77,8 @@ def run_core(config: CoreConfig, death_line: int) -> None:
         pulse = Pulse()
         with files.claim_address():
             try:
-                inbox = Inbox(context, config.address, pulse, read_suspects(files.steps))
+                suspects = read_suspects(files.steps)
+                inbox = Inbox(context, config.address, pulse, suspects, config.security)
             except zmq.ZMQError as error:
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
@@ -89,13 +94,16 @@ def run_core(config: CoreConfig, death_line: int) -> None:
             inbox.announce(Refused("start", reason))
             if core is not None and core.is_draining:
                 # It was emptied first, so nobody is going to start another in its place.
-                outbox.broadcast(Encoder().encode(EngineStopping(reason)))
+                last_word = Encoder().encode(EngineStopping(reason))
+                outbox.broadcast(last_word, last_word)
             raise
         except Exception as error:
             files.keep_steps()
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
-            inbox.announce(Refused("start", root_cause(error)))
-            outbox.broadcast(Encoder().encode(EngineFailed(root_cause(error))))
+            cause, encode = root_cause(error), Encoder().encode
+            inbox.announce(Refused("start", cause))
+            last_words = EngineFailed(cause), EngineFailed(without_places(cause))
+            outbox.broadcast(*map(encode, last_words))
             raise
         finally:
             # The inbox first: it looks at the monitors of the outbox's sockets.
@@ -170,21 +178,23 @@ def run_busy_loop(
             recorder.clear()
         for client, event in inbox.take(_patience(core, outbox)):
             match event:
-                case Joined(push=push, session=session):
-                    outbox.join(client, push)
+                case Joined(push=push, session=session, peer=peer):
+                    outbox.join(client, push, peer.is_insider)
                     recorder.join(client, session)
-                    core.join(client, session)
+                    core.join(client, session, peer)
                 case Left(for_good=for_good):
                     core.leave(client, may_return=not for_good)
                     recorder.leave(client)
                     outbox.leave(client)
                 case Unreadable(handle=handle, why=why):
                     core.refuse(client, handle, why)
+                case Forbidden(call=call, why=why):
+                    voice.tell(client, ControlReply(call, False, why))
                 case Hello() | Goodbye() | Ping():
                     raise AssertionError("the inbox keeps these to itself")
                 case GetStats(call=call):
                     # Only here the core's books and the inbox's come together.
-                    stats = core.stats(inbox.num_bad_messages)
+                    stats = core.stats(inbox.num_bad_messages, inbox.num_rejected_peers)
                     voice.tell(client, ControlReply(call, True, stats=stats))
                 case _:
                     if isinstance(event, AttachRequest):
@@ -213,6 +223,9 @@ class _Voice:
 
     def tell(self, client: ClientId, message: Message) -> None:
         """Send one message, or keep it until there is room."""
+        has_words = isinstance(message, StepOutputs) and bool(message.finished)
+        if has_words and not self._outbox.is_insider(client):
+            message = _discreetly(cast(StepOutputs, message))
         try:
             frame = self._encoder.encode(message)
         except Exception as error:  # too large, or with a value that no message holds
@@ -225,6 +238,14 @@ class _Voice:
     def _dismiss(self, client: ClientId, reason: str) -> None:
         self._core.leave(client, may_return=True)
         self._inbox.dismiss(client, reason)
+
+
+def _discreetly(outputs: StepOutputs) -> StepOutputs:
+    ends = [
+        msgspec.structs.replace(end, message=without_places(end.message))
+        for end in outputs.finished
+    ]
+    return msgspec.structs.replace(outputs, finished=ends)
 
 
 def _patience(core: EngineCore, outbox: Outbox) -> float | None:

@@ -17,7 +17,9 @@ from footplate.backend.deadlines import Deadlines
 from footplate.backend.delivery import Delivery
 from footplate.backend.detached import DETACHED, Lease, Leases
 from footplate.backend.draining import Draining
+from footplate.backend.quotas import Quota, Quotas
 from footplate.backend.request import Request, State
+from footplate.backend.roles import Peer
 from footplate.backend.scheduler import Scheduler
 from footplate.backend.step import ModelRunner, StepPlan, StepResult, failures, produced
 from footplate.backend.step_guard import StepGuard
@@ -107,6 +109,8 @@ class EngineCore:
         self._replies: list[tuple[ClientId, Attached | ControlReply]] = []
         self._requests: dict[ClientId, dict[int, Request]] = {DETACHED: {}}
         self._sessions: dict[ClientId, bytes] = {}  # of clients that are here
+        self._quotas = Quotas()
+        self._quota_of: dict[ClientId, Quota] = {}  # of clients that have one
         self._grammars = grammars
         # By the key of the first: who waits for a grammar, and how it ends then, if it does.
         self._compiling: dict[int, tuple[list[Request], FinishReason | None]] = {}
@@ -146,15 +150,23 @@ class EngineCore:
 
     # ---- clients come and go
 
-    def join(self, client: ClientId, session: bytes = b"") -> None:
+    def join(
+        self,
+        client: ClientId,
+        session: bytes = b"",
+        peer: Peer = Peer(),  # noqa: B008 (frozen)
+    ) -> None:
         """A client that may send requests from now on, until it leaves.
 
         Args:
             session: names the client across its connections, of which it has one at a time; empty
                 where nothing outlives this one.
+            peer: who it is, with its limits.
         """
         assert client not in self._requests, "its requests would be out of reach"
         self._requests[client] = {}
+        if (quota := self._quotas.of(peer)) is not None:
+            self._quota_of[client] = quota
         self._sessions[client] = session
         if session:
             self._leases.enter(session)
@@ -170,6 +182,7 @@ class EngineCore:
         if live is None:
             return
         session = self._sessions.pop(client)
+        self._quota_of.pop(client, None)
         if session and may_return:
             for lease in self._leases.leave(session):
                 self._detach(lease, live)
@@ -232,6 +245,7 @@ class EngineCore:
     def _add(self, client: ClientId, live: dict[int, Request], message: AddRequest) -> None:
         session = self._sessions[client]
         request_id = message.request_id if session else None
+        quota = self._quota_of.get(client)
         frame = b""
         try:
             if self._draining.is_on and not message.is_replay:
@@ -239,6 +253,8 @@ class EngineCore:
                     "the engine is about to end and takes no new requests", ErrorKind.DRAINING
                 )
             self._admission.check(message, live, self._scheduler.backlog)
+            if quota is not None:
+                quota.check(message)
             if request_id is not None:
                 frame = self._leases.encode(message)
                 self._make_free(session, request_id, message.is_replay)
@@ -256,6 +272,7 @@ class EngineCore:
         self._num_keys += len(requests)
         for request in requests:
             live[request.handle] = request
+            request.account = None if quota is None else quota.account
             self._num_prompt_tokens += request.num_prompt_tokens
             if message.ttft_deadline_s is not None or message.deadline_s is not None:
                 self._deadlines.add(request, message.ttft_deadline_s, message.deadline_s)
@@ -484,7 +501,7 @@ class EngineCore:
             outputs = [(client, output) for client, output in outputs if client != DETACHED]
         return outputs
 
-    def stats(self, num_bad_messages: int = 0) -> Stats:
+    def stats(self, num_bad_messages: int = 0, num_rejected_peers: int = 0) -> Stats:
         """The books, as they stand between two steps."""
         scheduler, pool = self._scheduler, self._pool
         return Stats(
@@ -503,6 +520,7 @@ class EngineCore:
             num_corrupted_requests=self._num_corrupted_requests,
             num_parked=scheduler.num_parked,
             num_detached=self._leases.num_detached,
+            num_rejected_peers=num_rejected_peers,
         )
 
     def check_ledger(self) -> None:

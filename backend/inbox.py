@@ -10,15 +10,20 @@ import queue
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from types import MappingProxyType
 
+import msgspec
 import zmq
 from msgspec.structs import replace
 
+from footplate.backend.discretion import without_places
 from footplate.backend.engine_core import ClientId
 from footplate.backend.flight_recorder import Suspects, suspects_of
+from footplate.backend.gatekeeper import REFRESH_S, Gatekeeper
 from footplate.backend.pulse import Pulse
+from footplate.backend.roles import Peer, words_for_refusal
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
     MAX_FRAMES,
@@ -27,16 +32,24 @@ from footplate.protocol.codec import (
     client_message_decoder,
     handle_of,
 )
-from footplate.protocol.links import accepts_output_endpoint, ipc_path, output_endpoint
+from footplate.protocol.config import SecurityConfig
+from footplate.protocol.links import (
+    accepts_output_endpoint,
+    ipc_path,
+    is_loopback,
+    output_endpoint,
+)
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
     ClientMessage,
+    Drain,
     Goodbye,
     Hello,
     Ping,
     Pong,
     Progress,
     Refused,
+    ResetPrefixCache,
     Welcome,
 )
 
@@ -54,11 +67,13 @@ class Joined:
     belongs to whoever takes the event.
 
     Attributes:
-        session: as its Hello has it.
+        session: names the client across its connections; empty if nothing does.
+        peer: who it is.
     """
 
     push: zmq.Socket[bytes]
-    session: bytes = b""
+    session: bytes
+    peer: Peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +96,15 @@ class Unreadable:
     why: str
 
 
-InboxEvent = tuple[ClientId, Joined | Left | Unreadable | ClientMessage]
+@dataclass(frozen=True, slots=True)
+class Forbidden:
+    """A control call by somebody whose role it is not."""
+
+    call: int
+    why: str
+
+
+InboxEvent = tuple[ClientId, Joined | Left | Unreadable | Forbidden | ClientMessage]
 
 
 class Inbox:
@@ -94,11 +117,17 @@ class Inbox:
         address: str,
         pulse: Pulse,
         suspects: Suspects = MappingProxyType({}),
+        security: SecurityConfig = SecurityConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        """Bind `address`. Raises zmq.ZMQError when that is impossible.
+        """Bind `address`.
 
         Args:
             suspects: what a Welcome says of the core before this one.
+
+        Raises:
+            zmq.ZMQError: that is impossible.
+            EngineStartError: a file with keys is not right.
+            InvalidParameterError: the link would let in whoever comes.
         """
         self.num_bad_messages = 0
         self._pulse = pulse
@@ -109,8 +138,11 @@ class Inbox:
         self._decoder = client_message_decoder()
         self._batches: queue.Queue[list[InboxEvent]] = queue.Queue(MAX_BATCHES)
         self._monitors: dict[zmq.Socket[bytes], ClientId] = {}
-        self._clients: dict[ClientId, bytes] = {}  # and their sessions
-        self._hopefuls: dict[ClientId, Hello] = {}  # came while the core was starting
+        self._clients: dict[ClientId, Peer] = {}
+        self._sessions: dict[ClientId, bytes] = {}  # of clients that have one
+        # Who came while the core was starting.
+        self._hopefuls: dict[ClientId, tuple[Peer, Hello]] = {}
+        self._gatekeeper = Gatekeeper(context, address, security)
         self._to_dismiss: queue.SimpleQueue[tuple[ClientId, str]] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closing = False
@@ -123,12 +155,20 @@ class Inbox:
         self._router.set(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         self._router.set(zmq.SNDHWM, RECEIVE_HIGH_WATER_MARK)
         self._router.set(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
+        self._gatekeeper.guard(self._router)
         self._router.bind(address)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._wake_read, zmq.POLLIN)
+        for socket in self._gatekeeper.sockets:
+            self._poller.register(socket, zmq.POLLIN)
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
         self._thread.start()
+
+    @property
+    def num_rejected_peers(self) -> int:
+        """Connections that were not let in."""
+        return self._gatekeeper.num_rejected
 
     # ---- called by the main thread
 
@@ -183,12 +223,22 @@ class Inbox:
     def _run(self) -> None:
         try:
             while not self._closing:
-                for ready, _ in self._poller.poll():
+                for ready, _ in self._poller.poll(self._patience_ms()):
                     self._serve(ready)
-            self._router.close()  # the monitors are the main thread's to close
+                if self._gatekeeper.refresh():
+                    self._dismiss_revoked()
+            self._router.close()  # the clients' monitors are the main thread's to close
+            self._gatekeeper.close()
         except BaseException as error:
             self._failure = error
             self._batches.put([])  # wakes the main thread, which raises on its next turn
+
+    def _patience_ms(self) -> int | None:
+        """How long to wait for something to happen: for ever, unless a key may be revoked that
+        somebody is here with."""
+        if self._gatekeeper.has_keys and (self._clients or self._hopefuls):
+            return int(1000 * REFRESH_S)
+        return None
 
     def _serve(self, ready: object) -> None:
         if ready is self._router:
@@ -197,6 +247,8 @@ class Inbox:
             os.read(self._wake_read, 4096)
             self._tell_hopefuls()
             self._dismiss_all()
+        elif ready in self._gatekeeper.sockets:
+            self._gatekeeper.serve(ready)
         elif isinstance(ready, zmq.Socket):
             self._on_monitor(ready)
 
@@ -204,18 +256,24 @@ class Inbox:
         batch: list[InboxEvent] = []
         for _ in range(MAX_BATCH):
             try:
-                client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                peer, client, frames = self._gatekeeper.receive(self._router)
             except zmq.Again:
                 break
+            # A routing id is a claim; the key behind it was proved.
+            if peer is None or self._clients.get(client, peer).key != peer.key:
+                self._count_bad_message(
+                    "a message of a key that is not this client's, or was revoked"
+                )
+                continue
             if len(frames) > MAX_FRAMES:
                 self._count_bad_message(f"{len(frames)} frames, the limit is {MAX_FRAMES}")
                 continue
             for frame in frames:
-                batch += self._read(client, frame)
+                batch += self._read(client, peer, frame)
         if batch:
             self._batches.put(batch)
 
-    def _read(self, client: ClientId, frame: bytes) -> list[InboxEvent]:
+    def _read(self, client: ClientId, peer: Peer, frame: bytes) -> list[InboxEvent]:
         try:
             message = self._decoder.decode(frame)
         except BadFrameError as error:
@@ -224,7 +282,7 @@ class Inbox:
                 return [(client, Unreadable(handle, str(error)))]
             return []
         if isinstance(message, Hello):
-            return self._greet(client, message)
+            return self._greet(client, peer, message)
         if isinstance(message, Goodbye):
             # It may be gone already: its PULL closed first.
             return self._forget(client, for_good=True)
@@ -234,7 +292,16 @@ class Inbox:
         if isinstance(message, Ping):
             self._answer_ping(client, message)
             return []
+        if not peer.may_send(message):
+            return self._forbid(client, peer, message)
         return [(client, message)]
+
+    def _forbid(self, client: ClientId, peer: Peer, message: ClientMessage) -> list[InboxEvent]:
+        why = words_for_refusal(peer, message)
+        logger.warning("refused to %s: %s", peer.name, why)
+        if isinstance(message, ResetPrefixCache | Drain):
+            return [(client, Forbidden(message.call, why))]
+        return []
 
     def _answer_ping(self, client: ClientId, ping: Ping) -> None:
         if isinstance(self._state, Welcome):  # otherwise it is about to end, and has said so
@@ -247,60 +314,72 @@ class Inbox:
         if self.num_bad_messages.bit_count() == 1:  # at 1, 2, 4, 8, ...: a flood fills no log
             logger.warning("dropped bad message number %d: %s", self.num_bad_messages, why)
 
-    def _greet(self, client: ClientId, hello: Hello) -> list[InboxEvent]:
+    def _greet(self, client: ClientId, peer: Peer, hello: Hello) -> list[InboxEvent]:
         ours = ".".join(map(str, PROTOCOL_VERSION))
         theirs = ".".join(map(str, hello.version))
         if hello.version[0] != PROTOCOL_VERSION[0]:
             reason = f"the engine core speaks protocol {ours}, the client {theirs}"
             self._answer(client, Refused("protocol", f"{reason}: install one release for both"))
-        elif not accepts_output_endpoint(self._address, client, hello.output_endpoint):
+        elif not accepts_output_endpoint(
+            self._address, client, hello.output_endpoint, peer.host or "127.0.0.1"
+        ):
             self._answer(client, Refused("hello", "the output endpoint is not the client's own"))
         elif isinstance(self._state, Welcome):
-            return self._welcome(client, hello)
+            return self._welcome(client, peer, hello)
         else:
-            self._hopefuls[client] = hello
-            self._answer(client, self._state)
+            self._hopefuls[client] = peer, hello
+            self._answer(client, as_told_to(peer, self._state))
         return []
 
-    def _welcome(self, client: ClientId, hello: Hello) -> list[InboxEvent]:
+    def _welcome(self, client: ClientId, peer: Peer, hello: Hello) -> list[InboxEvent]:
         assert isinstance(self._state, Welcome)
-        suspects = suspects_of(hello.session, self._suspects)
+        session = _own_session(peer, hello)
+        suspects = suspects_of(session, self._suspects)
         num_suspects = sum(map(len, self._suspects.values()))
-        welcome = replace(self._state, suspects=suspects, num_suspects=num_suspects)
+        welcome = as_told_to(
+            peer, replace(self._state, suspects=suspects, num_suspects=num_suspects)
+        )
         if client in self._clients:  # it asked again before it saw the answer
             self._answer(client, welcome)
             return []
         try:
-            push, monitor = self._connect_to(hello.output_endpoint)
+            push, monitor = self._connect_to(hello)
+        except ValueError:
+            self._answer(client, Refused("hello", "the output key is not a key"))
+            return []
         except zmq.ZMQError as error:  # too many open files, or an address it cannot parse
             self._answer(client, Refused("hello", f"cannot connect to the client: {error}"))
             return []
         self._poller.register(monitor, zmq.POLLIN)
         self._monitors[monitor] = client
-        left = self._supersede(hello.session)
-        self._clients[client] = hello.session
+        left = self._supersede(session)
+        self._clients[client] = peer
+        if session:
+            self._sessions[client] = session
         self._answer(client, welcome)
-        return [*left, (client, Joined(push, hello.session))]
+        return [*left, (client, Joined(push, session, peer))]
 
     def _supersede(self, session: bytes) -> list[InboxEvent]:
         """A session comes back: what is left of its old connection, if that has not been missed
         yet, is in its way."""
         events: list[InboxEvent] = []
-        for client in [c for c, known in self._clients.items() if session and known == session]:
+        for client in [c for c, known in self._sessions.items() if session and known == session]:
             self._answer(client, Refused("dismissed", "its session has another connection"))
             events += self._forget(client)
         return events
 
-    def _connect_to(self, endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    def _connect_to(self, hello: Hello) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """Raises ValueError if the link is encrypted and the client has named no key."""
         push: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         try:
+            self._gatekeeper.secure_output(push, hello.output_key)
             push.set(zmq.LINGER, 1000)  # long enough for last words
             push.set(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
             # Two events that say that a client's process is gone: its PULL closed, or it was
             # never there (a client binds before it says Hello).
             monitor = push.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
-            push.connect(endpoint)
-        except zmq.ZMQError:
+            push.connect(hello.output_endpoint)
+        except (zmq.ZMQError, ValueError):
             close_monitored(push, linger=0)
             raise
         return push, monitor
@@ -309,6 +388,7 @@ class Inbox:
         if client not in self._clients:
             return []
         del self._clients[client]
+        self._sessions.pop(client, None)
         monitor = next(m for m, owner in self._monitors.items() if owner == client)
         del self._monitors[monitor]
         self._poller.unregister(monitor)
@@ -330,19 +410,56 @@ class Inbox:
             if events := self._forget(client):
                 self._batches.put(events)
 
+    def _dismiss_revoked(self) -> None:
+        here = {client: peer for client, (peer, _) in self._hopefuls.items()} | self._clients
+        for client, peer in here.items():
+            if self._gatekeeper.still_lets_in(peer):
+                continue
+            logger.info("the key of %s has been revoked: a connection ends", peer.name)
+            self._answer(client, Refused("revoked", f"the key of {peer.name} has been revoked"))
+            self._hopefuls.pop(client, None)
+            if events := self._forget(client):
+                self._batches.put(events)
+
     def _tell_hopefuls(self) -> None:
         if isinstance(self._state, Welcome):
-            joined = [e for c, hello in self._hopefuls.items() for e in self._welcome(c, hello)]
+            joined: list[InboxEvent] = []
+            for client, (peer, hello) in self._hopefuls.items():
+                joined += self._welcome(client, peer, hello)
             self._hopefuls.clear()
             if joined:
                 self._batches.put(joined)
         else:
-            for client in self._hopefuls:
-                self._answer(client, self._state)
+            for client, (peer, _) in self._hopefuls.items():
+                self._answer(client, as_told_to(peer, self._state))
 
     def _answer(self, client: ClientId, message: Progress | Welcome | Refused | Pong) -> None:
         with suppress(zmq.ZMQError):  # it is gone, or reads nothing
             self._router.send_multipart([client, self._encoder.encode(message)], zmq.NOBLOCK)
+
+
+def as_told_to(peer: Peer, state: Progress | Welcome | Refused) -> Progress | Welcome | Refused:
+    """What a peer is told of the core's state: its role, and of this machine only what is of use
+    to it. A folder's name leads nowhere on another machine."""
+    if isinstance(state, Refused):
+        return state if peer.is_insider else Refused(state.kind, without_places(state.reason))
+    if isinstance(state, Progress):
+        return state
+    if not peer.host or is_loopback(peer.host):
+        return msgspec.structs.replace(state, role=peer.role)
+    model = msgspec.structs.replace(
+        state.model,
+        model=os.path.basename(state.model.model) or state.model.model,
+        tokenizer=os.path.basename(state.model.tokenizer),
+    )
+    return msgspec.structs.replace(state, role=peer.role, model=model, process_id=0)
+
+
+def _own_session(peer: Peer, hello: Hello) -> bytes:
+    """The session of a client, in which nobody with another key can take part."""
+    if not hello.session or not peer.key:
+        return hello.session
+    return blake2b(hello.session, key=peer.key.encode(), digest_size=16).digest()
 
 
 def close_monitored(push: zmq.Socket[bytes], linger: int | None = None) -> None:

@@ -18,6 +18,7 @@ MAX_BACKLOG_BYTES = 64 * 2**20
 @dataclass(slots=True)
 class _Lane:
     push: zmq.Socket[bytes]
+    is_insider: bool = True
     backlog: deque[bytes] = field(default_factory=deque)
     backlog_bytes: int = 0
 
@@ -34,9 +35,18 @@ class Outbox:
         """Whether `flush` might get rid of something."""
         return any(lane.backlog for lane in self._lanes.values())
 
-    def join(self, client: ClientId, push: zmq.Socket[bytes]) -> None:
-        """Take over the socket of a client that has come."""
-        self._lanes[client] = _Lane(push)
+    def join(self, client: ClientId, push: zmq.Socket[bytes], is_insider: bool = True) -> None:
+        """Take over the socket of a client that has come.
+
+        Args:
+            is_insider: it may be told of paths and process ids.
+        """
+        self._lanes[client] = _Lane(push, is_insider)
+
+    def is_insider(self, client: ClientId) -> bool:
+        """Whether a client may be told of paths and process ids."""
+        lane = self._lanes.get(client)
+        return lane is not None and lane.is_insider
 
     def leave(self, client: ClientId) -> None:
         """Close the socket of a client that has gone. Unknown clients are no error."""
@@ -64,10 +74,10 @@ class Outbox:
             while lane.backlog and _push(lane, lane.backlog[0]):
                 lane.backlog_bytes -= len(lane.backlog.popleft())
 
-    def broadcast(self, frame: bytes) -> None:
+    def broadcast(self, frame: bytes, frame_for_outsiders: bytes) -> None:
         """Tell everyone, as far as their sockets take it: last words wait for nobody."""
         for lane in self._lanes.values():
-            _push(lane, frame)
+            _push(lane, frame if lane.is_insider else frame_for_outsiders)
 
     def close(self) -> None:
         """Close all sockets; what they hold is still delivered within their linger time. Nobody

@@ -12,6 +12,7 @@ from footplate.protocol.messages import FinishReason
 from footplate.protocol.token_params import TokenParams
 
 if TYPE_CHECKING:
+    from footplate.backend.quotas import Account
     from footplate.backend.siblings import Siblings
 
 
@@ -92,6 +93,7 @@ class Request:
         runs_alone: nobody else takes part in its steps, until it has a new token.
         short_at: how many tokens it had when others had to make room for its next one; -1 when that
             never happened.
+        account: what its client's key has in the core; None where that has no limit.
     """
 
     key: int
@@ -121,6 +123,7 @@ class Request:
     runs_alone: bool = False
     short_at: int = -1
     is_unread: bool = False
+    account: Account | None = None
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

@@ -115,6 +115,8 @@ class Scheduler:
                 request.siblings = siblings
         self._num_held += len(requests)
         self.backlog.enter(requests)
+        if (account := requests[0].account) is not None:
+            account.num_requests += len(requests)
 
     def release(self, requests: list[Request]) -> None:
         """Queue what was held, as far as it has not ended and need not wait for a sibling."""
@@ -169,6 +171,8 @@ class Scheduler:
         request.finish_reason = reason
         if request.num_cached_tokens < 0:
             self.backlog.leave(request)
+        if request.account is not None:
+            request.account.num_requests -= 1
         if request.siblings is not None:
             heir = request.siblings.replace(request)
             if heir is not None and not was_held:

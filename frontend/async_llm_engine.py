@@ -14,6 +14,7 @@ from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineState
 from footplate.frontend.health import Health
+from footplate.frontend.link_keys import keys_to_connect
 from footplate.frontend.outputs import RequestOutput
 from footplate.frontend.prompts import Prompt, parse_prompt, resolve_max_tokens
 from footplate.frontend.request_preparation import RequestPreparation
@@ -68,6 +69,8 @@ class AsyncLLMEngine:
         engine_args: EngineArgs | None = None,
         *,
         address: str | None = None,
+        key_file: str | None = None,
+        insecure_tcp: bool = False,
         tokenizer: str | None = None,
         start_timeout_s: float | None = None,
         on_progress: ProgressCallback | None = None,
@@ -75,12 +78,14 @@ class AsyncLLMEngine:
     ) -> None:
         """See `from_engine_args` and `connect`, which say what goes together."""
         args = engine_args or EngineArgs()
+        keys = None if address is None else keys_to_connect(address, key_file, insecure_tcp)
         self._client = EngineClient()
         self._session = Session(
             self._client,
             Supervisor(args) if address is None else None,
             address,
             args.start_timeout_s if start_timeout_s is None else start_timeout_s,
+            keys=keys,
             patience=args.patience,
             on_progress=on_progress,
             on_restart=on_restart,
@@ -110,6 +115,8 @@ class AsyncLLMEngine:
         cls,
         address: str | None = None,
         *,
+        key_file: str | None = None,
+        insecure_tcp: bool = False,
         tokenizer: str | None = None,
         timeout_s: float = CONNECT_TIMEOUT_S,
         on_restart: RestartCallback | None = None,
@@ -119,12 +126,20 @@ class AsyncLLMEngine:
         go on in the one that takes its place.
 
         Args:
+            key_file: for a tcp address: the keys that the engine's owner has made for this client.
+            insecure_tcp: for a loopback tcp address: do without; the engine may be anybody's.
             tokenizer: folder of the tokenizer, if the engine's own cannot be read from here.
             timeout_s: for the engine to answer, now and when its core is replaced.
             on_restart: called when streams go on in another core.
+
+        Raises:
+            InvalidParameterError: address and keys do not go together.
+            KeyFileError: the file cannot be used.
         """
         return cls(
             address=address or default_address(),
+            key_file=key_file,
+            insecure_tcp=insecure_tcp,
             tokenizer=tokenizer,
             start_timeout_s=timeout_s,
             on_restart=on_restart,

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import cast
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
+from footplate.frontend.link_keys import new_key_pair, own_host
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
     MAX_FRAMES,
@@ -22,8 +24,20 @@ from footplate.protocol.codec import (
     Encoder,
     core_message_decoder,
 )
-from footplate.protocol.errors import EngineStartError, ProtocolMismatchError
-from footplate.protocol.links import ipc_path, new_client_id, output_endpoint
+from footplate.protocol.errors import (
+    EngineStartError,
+    KeyRefusedError,
+    ProtocolMismatchError,
+)
+from footplate.protocol.keys import ClientKeys
+from footplate.protocol.links import (
+    address_to_connect,
+    ipc_path,
+    new_client_id,
+    output_endpoint,
+    require_owned_dir,
+    require_protected,
+)
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
     CoreMessage,
@@ -56,14 +70,27 @@ class Connection:
         on_messages: Callable[[list[CoreMessage]], None],
         on_lost: Callable[[str], None],
         on_progress: Callable[[Progress], None],
+        keys: ClientKeys | None = None,
     ) -> None:
         """Args:
         session: names this client to the core beyond this connection.
         on_messages: called with all that one wake-up of the event loop brought, in order.
         on_lost: called with the reason when the core has closed the link, or serves us no
             longer. While `open` waits it goes on waiting, until it is told to `refuse`.
+        keys: of an encrypted link. Without, it stays on this machine.
+
+        Raises:
+            EngineStartError: there is no way to the address, or others may be listening there.
+            InvalidParameterError: the address makes no sense, or cannot do without keys.
         """
         self.num_bad_messages = 0
+        require_protected(
+            address,
+            has_keys=keys is not None,
+            # Its owner has said so, or there would be keys; but only on this machine.
+            insecure_tcp=keys is None and ipc_path(address) is None,
+        )
+        address = address_to_connect(address)
         self._address = address
         self._session = session
         self._on_messages = on_messages
@@ -79,18 +106,24 @@ class Connection:
         self._gathered: list[bytes] = []
         self._room: asyncio.Future[None] | None = None
         client_id = new_client_id()
-        endpoint = output_endpoint(address, client_id)
+        endpoint = output_endpoint(address, client_id, own_host(address))
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = self._socket(zmq.DEALER)
         self._dealer.set(zmq.ROUTING_ID, client_id)
         self._dealer.set(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._dealer.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        )
         self._pull = self._socket(zmq.PULL)
+        self._output_key = "" if keys is None else self._encrypt(keys)
         path = Path(endpoint.removeprefix("ipc://")) if ipc_path(address) else None
-        if path and not path.parent.is_dir():
+        try:
+            if path:
+                _require_place(path.parent, address)
+            self._pull.bind(endpoint)
+        except BaseException:
             self._context.destroy(linger=0)
-            raise EngineStartError(f"no engine listens on {address}: start one, then connect")
-        self._pull.bind(endpoint)
+            raise
         if path:
             path.chmod(0o600)  # the folder keeps others out already; this says so again
         self._endpoint = cast(bytes, self._pull.get(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
@@ -107,6 +140,24 @@ class Connection:
         socket.set(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
         return socket
 
+    def _encrypt(self, keys: ClientKeys) -> str:
+        """Let the DEALER prove who we are, to that very core alone, and the PULL take what comes
+        from whoever knows its public key.
+
+        Nobody learns that key from the wire: it is fresh, it goes to the core alone, in Hello, and
+        the handshake of who knows it does not show it (curvezmq.org, "Hello Command").
+
+        Returns:
+            It.
+        """
+        self._dealer.set(zmq.CURVE_SERVERKEY, keys.server_public_key.encode())
+        self._dealer.set(zmq.CURVE_PUBLICKEY, keys.public_key.encode())
+        self._dealer.set(zmq.CURVE_SECRETKEY, keys.secret_key.encode())
+        output_keys = new_key_pair()
+        self._pull.set(zmq.CURVE_SERVER, 1)
+        self._pull.set(zmq.CURVE_SECRETKEY, output_keys.secret_key.encode())
+        return output_keys.public_key
+
     # ---- life
 
     async def open(self, timeout_s: float) -> Welcome:
@@ -115,6 +166,7 @@ class Connection:
         Raises:
             EngineStartError: it could not start, or did not answer in time.
             ProtocolMismatchError: it speaks another version.
+            KeyRefusedError: it does not let our key in.
         """
         for socket, read in (
             (self._dealer, self._read_dealer),
@@ -124,7 +176,7 @@ class Connection:
             self._loop.add_reader(cast(int, socket.get(zmq.FD)), read)
             read()  # a descriptor reports nothing before its socket has been found empty once
         self._dealer.connect(self._address)
-        self.send(Hello(PROTOCOL_VERSION, self._endpoint, self._session))
+        self.send(Hello(PROTOCOL_VERSION, self._endpoint, self._session, self._output_key))
         try:
             async with asyncio.timeout(timeout_s):
                 welcome = await self._welcome
@@ -274,8 +326,15 @@ class Connection:
     def _read_monitor(self) -> None:
         with suppress(zmq.Again):
             while not self._monitor.closed:
-                self._monitor.recv_multipart(zmq.NOBLOCK)
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
                 self._lost = True
+                if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                    self.refuse(
+                        KeyRefusedError(
+                            f"the engine on {self._address} does not let this key in: ask its "
+                            "owner for another"
+                        )
+                    )
         if not self._lost:
             return
         # Its last words come by the other sockets and may be waiting there.
@@ -283,6 +342,13 @@ class Connection:
             while not socket.closed and cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 read()
         self._on_lost("the engine core closed the connection")
+
+
+def _require_place(folder: Path, address: str) -> None:
+    """Raise EngineStartError if there is no folder for the sockets, or it is not ours alone."""
+    if not folder.is_dir():
+        raise EngineStartError(f"no engine listens on {address}: start one, then connect")
+    require_owned_dir(folder)
 
 
 def _close(

@@ -11,8 +11,10 @@ from footplate.protocol.config import (
     ModelConfig,
     RequestConfig,
     SchedulerConfig,
+    SecurityConfig,
 )
 from footplate.protocol.errors import InvalidParameterError
+from footplate.protocol.links import require_protected
 from footplate.protocol.params import LOGPROBS_MODES
 
 
@@ -110,6 +112,14 @@ class EngineArgs:
     """CPU threads of the forward pass; if not given the cores of the CPU set, or one for a very
     small model."""
 
+    key_dir: str | None = None
+    """For an engine on a tcp address: the folder with its key and those of its clients, as made by
+    scripts/make_keys.py. Links are encrypted then, and nobody without a key comes in."""
+
+    insecure_tcp: bool = False
+    """For an engine on a loopback tcp address: do without keys. Every user of the machine can use
+    the engine then."""
+
     start_timeout_s: float = 600.0
     """One deadline for all of start-up."""
 
@@ -175,10 +185,11 @@ class EngineArgs:
             )
         if not isinstance(self.weights_version, str):
             raise InvalidParameterError("weights_version", self.weights_version, "a string")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise InvalidParameterError(
-                "enable_prefix_caching", self.enable_prefix_caching, "True or False"
-            )
+        if self.key_dir is not None:
+            _require_text("key_dir", self.key_dir)
+        for name in ("enable_prefix_caching", "insecure_tcp"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidParameterError(name, getattr(self, name), "True or False")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InvalidParameterError(name, getattr(self, name), f"one of {allowed}")
@@ -188,8 +199,20 @@ class EngineArgs:
         """How long the core may be silent or stuck."""
         return Patience(stalled_s=self.stall_timeout_s, hung_s=self.hang_timeout_s)
 
-    def core_config(self, address: str, private_dir: str | None = None) -> CoreConfig:
-        """What one engine core at `address` is told."""
+    def core_config(
+        self, address: str, private_dir: str | None = None, owner_key: str = ""
+    ) -> CoreConfig:
+        """What one engine core at `address` is told.
+
+        Args:
+            owner_key: the caller's public key, where links have keys.
+
+        Raises:
+            InvalidParameterError: the address would let in whoever comes.
+        """
+        require_protected(
+            address, has_keys=self.key_dir is not None, insecure_tcp=self.insecure_tcp
+        )
         return CoreConfig(
             address=address,
             private_dir=private_dir,
@@ -228,6 +251,9 @@ class EngineArgs:
             ),
             log_level=self.log_level,
             weights_version=self.weights_version or self.model,
+            security=SecurityConfig(
+                key_dir=self.key_dir, insecure_tcp=self.insecure_tcp, owner_key=owner_key
+            ),
         )
 
 

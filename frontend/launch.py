@@ -18,6 +18,7 @@ from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineState
 from footplate.frontend.health import Restart
+from footplate.frontend.link_keys import new_owner_keys
 from footplate.frontend.session import Session
 from footplate.frontend.supervisor import Supervisor
 from footplate.protocol.bounds import require_number
@@ -62,9 +63,9 @@ def launch(
     Parameters
     ----------
     address:
-        Where clients find it: ipc:///absolute/path or tcp://127.0.0.1:port. If not given,
-        footplate/engine.sock in $XDG_RUNTIME_DIR, else /tmp/footplate-UID/engine.sock, where
-        clients look by default.
+        Where clients find it: ipc:///absolute/path or, with --key-dir, tcp://host:port. If not
+        given, footplate/engine.sock in $XDG_RUNTIME_DIR, else /tmp/footplate-UID/engine.sock,
+        where clients look by default.
     drain_timeout_s:
         How long requests may take to finish after the first signal; those that are left end with
         finish reason "abort".
@@ -80,12 +81,14 @@ class _Launcher:
         self._address = address
         self._drain_timeout_s = drain_timeout_s
         self._bar = _ProgressBar()
-        self._supervisor = Supervisor(args, address)
+        keys = None if args.key_dir is None else new_owner_keys(args.key_dir)
+        self._supervisor = Supervisor(args, address, "" if keys is None else keys.public_key)
         self._session = Session(
             EngineClient(),
             self._supervisor,
             None,
             args.start_timeout_s,
+            keys=keys,
             patience=replace(args.patience, beat_s=BEAT_S, silent_s=SILENT_S),
             # Whoever waits for the core is in another process.
             is_always_watching=True,

@@ -35,6 +35,7 @@ from footplate.protocol.errors import (
     ProtocolMismatchError,
     RequestFailedError,
 )
+from footplate.protocol.keys import ClientKeys
 from footplate.protocol.links import new_session
 from footplate.protocol.messages import (
     AbortRequests,
@@ -86,6 +87,7 @@ class Session:
         address: str | None,
         start_timeout_s: float,
         *,
+        keys: ClientKeys | None = None,
         patience: Patience = Patience(),  # noqa: B008 (frozen)
         is_always_watching: bool = False,
         on_progress: ProgressCallback | None = None,
@@ -95,6 +97,7 @@ class Session:
         client: is given all outputs, asked what to replay, and told when the engine ends.
         supervisor: of a core of our own; with None somebody else's is at `address`.
         start_timeout_s: for a core to be ready, the first one and each that takes its place.
+        keys: for the link to it, if that is encrypted.
         is_always_watching: also while nobody waits for the core.
         on_restart: told when streams go on in another core.
         """
@@ -110,6 +113,7 @@ class Session:
         self._on_progress = on_progress
         self._on_restart = on_restart
         self._name = new_session()
+        self._keys = keys
         self._starting: asyncio.Task[None] | None = None
         self._recovering: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
@@ -229,6 +233,7 @@ class Session:
             on_messages=_weakly(self._on_messages),
             on_lost=_weakly(self._on_connection_lost),
             on_progress=_weakly(self._report_progress),
+            keys=self._keys,
         )
         welcome = await self._connection.open(timeout_s)
         if self._supervisor is not None and welcome.process_id != self._supervisor.process_id:

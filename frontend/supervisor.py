@@ -43,11 +43,13 @@ class Supervisor:
 
     Args:
         address: where the core listens; None makes a private folder for its socket.
+        owner_key: this process's public key, where links have keys.
     """
 
-    def __init__(self, args: EngineArgs, address: str | None = None) -> None:
+    def __init__(self, args: EngineArgs, address: str | None = None, owner_key: str = "") -> None:
         self._args = args
         self._given_address = address
+        self._owner_key = owner_key
         self._config: CoreConfig | None = None
         self._budget = RestartBudget(args.max_restarts, args.restart_window_s)
         self._process: CoreProcess | None = None
@@ -75,7 +77,9 @@ class Supervisor:
             folder = make_private_dir()
             address = f"ipc://{folder / 'engine.sock'}"
             self._folder = weakref.finalize(self, _remove, folder, os.getpid())
-        self._config = self._args.core_config(address, None if folder is None else str(folder))
+        self._config = self._args.core_config(
+            address, None if folder is None else str(folder), self._owner_key
+        )
         self._launch(has_crashed=False)
         return address
 

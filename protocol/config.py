@@ -103,16 +103,33 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     long_prefill_token_threshold: int = 0
 
 
+class SecurityConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may come in over tcp; over ipc it is whoever may enter the socket's folder.
+
+    Paths and public keys only: a secret key is read from its file by the process that needs it.
+
+    Attributes:
+        key_dir: the folder with the core's key and those of its clients (see `keys`).
+        insecure_tcp: there are no keys; whoever reaches the port comes in.
+        owner_key: public key of the process that has started the core, which is let in too.
+    """
+
+    key_dir: str | None = None
+    insecure_tcp: bool = False
+    owner_key: str = ""
+
+
 class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything one engine-core process is told.
 
     Attributes:
-        address: where the core binds its ROUTER: `ipc:///path` or `tcp://127.0.0.1:port`.
+        address: where the core binds its ROUTER: `ipc:///path` or `tcp://host:port`.
         private_dir: a folder made for this core, and those that take its place, alone. Its
             supervisor removes it; a core does so whose supervisor is gone.
         log_level: a name known to `logging`.
         weights_version: names the weights in outputs.
         has_crashed: whether the core before this one, at this address, ended by itself.
+        security: who may come in.
     """
 
     address: str
@@ -124,3 +141,4 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "WARNING"
     weights_version: str = ""
     has_crashed: bool = False
+    security: SecurityConfig = SecurityConfig()

@@ -13,6 +13,8 @@
     + EngineStartError                 the engine never became ready: fix the cause, start again
       . AddressInUseError              another engine holds the address
       . ProtocolMismatchError          client and engine core are of different versions
+      . KeyFileError                   a key file is missing, damaged, or open to others
+      . KeyRefusedError                the engine does not let this client's key in
     + EngineDeadError                  the engine core is gone, and could not be replaced
     + EngineNotReadyError              the core is being replaced, or does not answer: wait
     + EngineDrainingError              the engine takes no new requests: ask another
@@ -104,6 +106,14 @@ class AddressInUseError(EngineStartError):
 
 class ProtocolMismatchError(EngineStartError):
     """Client and engine core do not speak the same version of the protocol."""
+
+
+class KeyFileError(EngineStartError):
+    """A file with keys cannot be used; the message names the file and what to do."""
+
+
+class KeyRefusedError(EngineStartError):
+    """The engine does not know the client's key, or no longer: ask its owner for another."""
 
 
 class EngineDeadError(EngineError):

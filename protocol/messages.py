@@ -236,6 +236,8 @@ class Welcome(Message, tag="welcome", frozen=True):
             and when there was none.
         weights_version: as it was given to the engine.
         num_suspects: how many took part in that step, those of other sessions among them.
+        role: what this client may ask for: "generate", or "admin", who may also ask for what
+            concerns the others.
     """
 
     epoch: int
@@ -249,6 +251,7 @@ class Welcome(Message, tag="welcome", frozen=True):
     has_crashed: bool = False
     weights_version: str = ""
     num_suspects: int = 0
+    role: str = "admin"
 
 
 class Pong(Message, tag="pong", frozen=True):
@@ -280,7 +283,8 @@ class Refused(Message, tag="refused", frozen=True):
 
     Attributes:
         kind: "protocol" (versions differ), "start" (start-up failed), "address" (another process
-            holds it), "hello" (malformed) or "dismissed" (too much was left unread).
+            holds it), "hello" (malformed), "dismissed" (too much was left unread) or "revoked"
+            (the client's key is no longer valid).
     """
 
     kind: str

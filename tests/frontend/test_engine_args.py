@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from footplate.frontend import EngineArgs
-from footplate.protocol.config import CoreConfig
+from footplate.protocol.config import CoreConfig, SecurityConfig
 from footplate.protocol.errors import InvalidParameterError
 
 
@@ -150,10 +150,15 @@ OF_THE_CLIENT = {
     "stall_timeout_s",
     "hang_timeout_s",
 }
+OF_TCP = {"key_dir", "insecure_tcp"}
 
 
 def test_every_argument_reaches_the_core() -> None:
-    assert {field.name for field in dataclasses.fields(EngineArgs)} == {*MOVED, *OF_THE_CLIENT}
+    assert {field.name for field in dataclasses.fields(EngineArgs)} == {
+        *MOVED,
+        *OF_THE_CLIENT,
+        *OF_TCP,
+    }
     args = EngineArgs(**{name: value for name, (value, _) in MOVED.items()})
     sent = args.core_config("ipc:///x", "/private")
     received = msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=CoreConfig)
@@ -163,6 +168,37 @@ def test_every_argument_reaches_the_core() -> None:
         for part in path.split("."):
             found = getattr(found, part)
         assert found == value != getattr(EngineArgs(), name)
+
+
+def test_who_may_come_in_reaches_the_core() -> None:
+    address = "tcp://127.0.0.1:5555"
+    with_keys = EngineArgs(key_dir="/keys").core_config(address, owner_key="mine").security
+    assert with_keys == SecurityConfig(key_dir="/keys", owner_key="mine")
+    assert EngineArgs(insecure_tcp=True).core_config(address).security.insecure_tcp
+
+
+@pytest.mark.parametrize(
+    ("address", "args", "words"),
+    [
+        ("tcp://127.0.0.1:5555", {}, "key_dir"),
+        ("tcp://0.0.0.0:5555", {"insecure_tcp": True}, "loopback"),
+        ("tcp://*:5555", {"insecure_tcp": True}, "loopback"),
+        ("tcp://127.0.0.1:5555", {"key_dir": "/k", "insecure_tcp": True}, "insecure_tcp"),
+        ("ipc:///x", {"key_dir": "/k"}, "ipc"),
+        ("ipc:///x", {"insecure_tcp": True}, "ipc"),
+    ],
+)
+def test_a_core_that_would_let_in_whoever_comes_is_not_started(
+    address: str, args: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=words):
+        EngineArgs(**args).core_config(address)
+
+
+@pytest.mark.parametrize("args", [{"key_dir": ""}, {"key_dir": 7}, {"insecure_tcp": "yes"}])
+def test_what_says_who_may_come_in_has_a_type(args: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameterError, match=next(iter(args))):
+        EngineArgs(**args)
 
 
 def test_the_core_has_the_same_defaults() -> None:

@@ -84,9 +84,10 @@ async def test_clients_attach_leave_and_come_back(run: Run, address: str, folder
 
 
 async def test_it_serves_over_tcp(run: Run, tcp_address: str) -> None:
-    program = launch(run, tcp_address)
+    program = launch(run, tcp_address, "--insecure-tcp")
     wait_until_ready(program)
-    assert len(await complete_at(tcp_address)) == 5
+    async with AsyncLLMEngine.connect(tcp_address, insecure_tcp=True) as engine:
+        assert len(await complete(engine)) == 5
     program.signal(signal.SIGTERM)
     assert program.status() == 0
 
@@ -153,19 +154,21 @@ def test_a_killed_core_ends_its_launcher_with_the_signals_name(run: Run, address
 async def test_a_second_engine_on_an_address_is_refused_before_it_loads_anything(
     run: Run, address: str, tcp_address: str, folder: Path, link: str
 ) -> None:
+    flags = ["--insecure-tcp"] if link == "tcp" else []
     if link == "tcp":
         address = tcp_address
-    first = launch(run, address)
+    first = launch(run, address, *flags)
     core = wait_until_ready(first)
     files_before = files_in(folder)
-    second = launch(run, address, model=f"{folder}/nowhere")
+    second = launch(run, address, *flags, model=f"{folder}/nowhere")
     assert second.status() == EX_CONFIG
     said = second.rest()
     assert address.removeprefix("ipc://") in said
     assert " ready in " not in said and "nowhere" not in said and "Traceback" not in said
     assert f"process {core}" in said
     assert files_in(folder) == files_before
-    assert len(await complete_at(address)) == 5
+    async with AsyncLLMEngine.connect(address, insecure_tcp=link == "tcp") as engine:
+        assert len(await complete(engine)) == 5
 
 
 async def test_what_a_killed_engine_left_behind_is_no_obstacle(
@@ -264,6 +267,8 @@ def test_a_folder_that_others_may_write_to_is_refused(run: Run, address: str, fo
         (["--block-size", "many"], "many"),
         (["--block-size", "0"], "block_size=0"),
         (["--address", "tcp://10.0.0.1:5555"], "loopback"),
+        (["--address", "tcp://10.0.0.1:5555", "--insecure-tcp"], "loopback"),
+        (["--address", "tcp://127.0.0.1:5555"], "insecure_tcp"),
         (["--address", "engine.sock"], "address="),
         (["stray"], "stray"),
     ],

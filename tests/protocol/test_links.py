@@ -10,12 +10,14 @@ from footplate.protocol import links
 from footplate.protocol.errors import EngineStartError, InvalidParameterError
 from footplate.protocol.links import (
     accepts_output_endpoint,
+    address_to_connect,
     default_address,
     ipc_path,
     make_owned_dir,
     make_private_dir,
     new_client_id,
     output_endpoint,
+    require_protected,
 )
 
 IPC = "ipc:///run/engine.sock"
@@ -50,6 +52,9 @@ def test_an_ipc_address_has_a_path_and_a_tcp_address_has_none() -> None:
         "tcp://127.0.0.1:5x",
         "tcp://127.0.0.1:٥",  # noqa: RUF001  # a digit to Python, not to ZeroMQ
         "tcp://127.0.0.1:*",
+        "tcp://a b:5555",
+        "tcp://127.0.0.1;10.0.0.1:5555",
+        "tcp://[::1]:5555",
         "tcp://:5555",
         "tcp://5555",
     ],
@@ -62,9 +67,35 @@ def test_what_is_no_address_is_refused_by_name(address: str) -> None:
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "*", "10.0.0.1", "192.168.1.1", "8.8.8.8", "example.org", "eth0", "127.1"]
 )
-def test_an_unauthenticated_link_does_not_leave_the_machine(host: str) -> None:
-    with pytest.raises(InvalidParameterError, match="loopback"):
-        ipc_path(f"tcp://{host}:5555")
+def test_a_link_without_keys_does_not_leave_the_machine_whatever_its_owner_says(host: str) -> None:
+    address = f"tcp://{host}:5555"
+    for insecure_tcp in (False, True):
+        with pytest.raises(InvalidParameterError, match="loopback"):
+            require_protected(address, has_keys=False, insecure_tcp=insecure_tcp)
+    require_protected(address, has_keys=True, insecure_tcp=False)
+
+
+def test_a_link_on_this_machine_has_keys_or_an_owner_who_wants_none() -> None:
+    with pytest.raises(InvalidParameterError, match="insecure_tcp"):
+        require_protected(TCP, has_keys=False, insecure_tcp=False)
+    require_protected(TCP, has_keys=False, insecure_tcp=True)
+    require_protected(TCP, has_keys=True, insecure_tcp=False)
+    with pytest.raises(InvalidParameterError, match="insecure_tcp"):
+        require_protected(TCP, has_keys=True, insecure_tcp=True)
+
+
+def test_an_ipc_link_is_protected_by_its_folder_and_takes_no_keys() -> None:
+    require_protected(IPC, has_keys=False, insecure_tcp=False)
+    for has_keys in (False, True):
+        with pytest.raises(InvalidParameterError, match="folder"):
+            require_protected(IPC, has_keys=has_keys, insecure_tcp=not has_keys)
+
+
+def test_a_core_that_listens_everywhere_is_found_on_its_own_machine() -> None:
+    assert address_to_connect("tcp://*:5555") == TCP
+    assert address_to_connect("tcp://0.0.0.0:5555") == TCP
+    for address in (IPC, TCP, "tcp://example.org:5555"):
+        assert address_to_connect(address) == address
 
 
 def test_the_longest_path_leaves_room_for_the_paths_of_clients() -> None:
@@ -136,7 +167,16 @@ def test_a_core_opens_no_path_that_is_not_the_clients_own(endpoint: str) -> None
     ],
 )
 def test_a_core_on_tcp_connects_to_no_other_machine(endpoint: str) -> None:
-    assert not accepts_output_endpoint(TCP, new_client_id(), endpoint)
+    assert not accepts_output_endpoint(TCP, new_client_id(), endpoint, "127.0.0.1")
+
+
+def test_a_core_connects_to_the_machine_that_the_client_is_on() -> None:
+    address, client = "tcp://0.0.0.0:5555", new_client_id()
+    assert output_endpoint(address, client, "10.0.0.7") == "tcp://10.0.0.7:*"
+    assert accepts_output_endpoint(address, client, "tcp://10.0.0.7:40123", "10.0.0.7")
+    for elsewhere in ("10.0.0.8", "127.0.0.1", "localhost", "example.org", "*"):
+        assert not accepts_output_endpoint(address, client, f"tcp://{elsewhere}:80", "10.0.0.7")
+    assert not accepts_output_endpoint(address, client, "tcp://10.0.0.7:80", "127.0.0.1")
 
 
 # ---- folders
@@ -171,15 +211,26 @@ def test_an_owned_folder_is_made_once_and_found_again(tmp_path: Path) -> None:
     make_owned_dir(folder)
     assert mode_of(folder) == 0o700
     make_owned_dir(folder)
-    folder.chmod(0o755)  # others may look, and write nothing
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777, 0o755, 0o711, 0o710, 0o704])
+def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(EngineStartError, match=f"chmod 700 {folder}"):
+        make_owned_dir(folder)
+    folder.chmod(0o700)
     make_owned_dir(folder)
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
-def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
-    tmp_path.chmod(mode)
-    with pytest.raises(EngineStartError, match=str(tmp_path)):
-        make_owned_dir(tmp_path)
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("precious")
+    with pytest.raises(EngineStartError, match="directory"):
+        make_owned_dir(tmp_path / "x")
+    with pytest.raises(EngineStartError, match="directory"):
+        make_owned_dir(tmp_path / "x" / "below")
+    assert (tmp_path / "x").read_text() == "precious"
 
 
 def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
