@@ -98,7 +98,10 @@ def load_config(folder: Path) -> Any:
 
 
 def load_model(folder: Path, config: Any, requested: ModelConfig, device: torch.device) -> Any:
-    """The model on its device, ready for inference; a transformers `PreTrainedModel`.
+    """The model in host memory, ready for inference; a transformers `PreTrainedModel`.
+
+    Args:
+        device: where it will run, which may decide its dtype.
 
     Raises:
         ModelLoadError: the weights do not fit the configuration, or cannot be loaded.
@@ -129,7 +132,7 @@ def load_model(folder: Path, config: Any, requested: ModelConfig, device: torch.
         )
     if device.type == "cpu" and model.dtype is torch.float16:
         model = model.to(_instead_of_float16())  # the checkpoint's, and not said in its config
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _dtype(requested: str, config: Any, device: torch.device) -> torch.dtype | str:
