@@ -45,7 +45,11 @@ class CoreFiles:
 
     def _claim(self, path: Path) -> None:
         make_owned_dir(path.parent)
-        self._lock = _lock_exclusively(_lock_path(path))
+        try:
+            self._lock = _lock_exclusively(_lock_path(path))
+        except AddressInUseError:
+            self._private_dir = None  # the holder may live in there
+            raise
         if _is_in_the_way(path):
             raise AddressInUseError(f"{path} exists and is not a socket: remove it")
         # What a core and clients left behind that were killed together. A client may also be

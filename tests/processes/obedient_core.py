@@ -13,6 +13,7 @@ from footplate.backend.runner.fake import FakeModelRunner
 from footplate.backend.runner.load import DEMO_MODEL
 from footplate.backend.step import MakeRunner, OnProgress, StepPlan, StepResult
 from footplate.protocol.config import CacheConfig, ModelConfig
+from footplate.protocol.errors import EngineStartError
 
 
 class Gate:
@@ -71,6 +72,8 @@ def obey(mode: str, gate: str) -> None:
                 on_progress("loading", 0.25)
                 on_progress("loading", 0.5)
                 Gate(gate).wait()
+            case "load refuses":
+                raise EngineStartError("the weights are damaged")
             case "load raises":
                 print("what a library prints", flush=True)
                 os.write(1, b"or writes")
