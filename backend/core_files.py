@@ -45,11 +45,7 @@ class CoreFiles:
 
     def _claim(self, path: Path) -> None:
         make_owned_dir(path.parent)
-        try:
-            self._lock = _lock_exclusively(_lock_path(path))
-        except AddressInUseError:
-            self._private_dir = None  # the holder may live in there
-            raise
+        self._lock = _lock_exclusively(_lock_path(path))
         if _is_in_the_way(path):
             raise AddressInUseError(f"{path} exists and is not a socket: remove it")
         # What a core and clients left behind that were killed together. A client may also be

@@ -14,7 +14,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import IO
 
 import msgspec
@@ -48,13 +47,14 @@ class CoreProcess:
         """Start the child.
 
         Args:
-            config: `is_standby` starts one that loads and waits until it is promoted.
+            config: with `is_standby`, of a core that loads and waits until it is promoted.
             on_exit: called once, from a thread of its own, when the child has ended without
                 `stop`; the error says why, as far as that can be known.
-            shared: where cores of the same model keep what they can share.
+            shared: where cores of one model keep what they can share.
             on_standing_by: called once, from that thread, when a standby has loaded all it can.
         """
-        self._life = _Life(config.private_dir if not config.is_standby else None)
+        self._stopping = threading.Event()
+        self._standing_by = threading.Event()
         file = None if shared is None else shared.file
         self._child = subprocess.Popen(
             [sys.executable, "-m", "footplate.backend"],
@@ -67,12 +67,14 @@ class CoreProcess:
         )
         self._send(msgspec.structs.replace(config, weights_file=file))
         threading.Thread(
-            target=_follow,
-            args=(self._child, self._life, on_standing_by, on_exit),
+            target=_wait_for_end,
+            args=(self._child, self._stopping, on_exit, self._standing_by, on_standing_by),
             name="core watcher",
             daemon=True,
         ).start()
-        self._finalizer = weakref.finalize(self, _stop, self._child, self._life, os.getpid())
+        self._finalizer = weakref.finalize(
+            self, _stop, self._child, self._stopping, config, os.getpid()
+        )
 
     @property
     def process_id(self) -> int:
@@ -87,14 +89,13 @@ class CoreProcess:
     @property
     def is_standing_by(self) -> bool:
         """Whether it is a standby that has loaded all it can."""
-        return self._life.is_standing_by
+        return self._standing_by.is_set()
 
     def promote(self, config: CoreConfig) -> None:
-        """Let a standby serve, as `config` says, which names the same model. Call once, when the
+        """Let a standby serve, as `config` says, which names the same model. Call it once, when the
         core before it is gone. One that is still loading serves when it is done; one that has
         ended has told `on_exit`."""
         assert not config.is_standby
-        self._life.private_dir = config.private_dir
         self._send(config)
 
     def stop(self) -> None:
@@ -109,24 +110,12 @@ class CoreProcess:
             self._child.stdin.flush()
 
 
-@dataclass(slots=True)
-class _Life:
-    """What the object, its finalizer and its watcher all need.
-
-    Attributes:
-        private_dir: to be removed with the child; a standby's belongs to the core that serves.
-        is_stopping: its end is asked for.
-    """
-
-    private_dir: str | None
-    is_stopping: bool = False
-    is_standing_by: bool = False
-
-
-def _stop(child: "subprocess.Popen[bytes]", life: _Life, owner: int) -> None:
+def _stop(
+    child: "subprocess.Popen[bytes]", stopping: threading.Event, config: CoreConfig, owner: int
+) -> None:
     if os.getpid() != owner:
         return  # in a fork of its owner, at whose end finalizers run as well
-    life.is_stopping = True
+    stopping.set()
     assert child.stdin is not None
     with suppress(BrokenPipeError):
         child.stdin.close()
@@ -135,16 +124,17 @@ def _stop(child: "subprocess.Popen[bytes]", life: _Life, owner: int) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    if life.private_dir is not None:
+    if config.private_dir is not None and not config.is_standby:
         # The core removes it, unless it was killed.
-        shutil.rmtree(life.private_dir, ignore_errors=True)
+        shutil.rmtree(config.private_dir, ignore_errors=True)
 
 
-def _follow(
+def _wait_for_end(
     child: "subprocess.Popen[bytes]",
-    life: _Life,
-    on_standing_by: Callable[[], object],
+    stopping: threading.Event,
     on_exit: Callable[[EngineStartError], object],
+    standing_by: threading.Event,
+    on_standing_by: Callable[[], object],
 ) -> None:
     assert child.stdout is not None
     last_words: CoreMessage | None = None
@@ -152,10 +142,10 @@ def _follow(
         for message in _messages(child.stdout):  # ends when the child does
             last_words = message
             if message == Progress(STANDING_BY, 1.0):
-                life.is_standing_by = True
+                standing_by.set()
                 on_standing_by()
     status = child.wait()
-    if not life.is_stopping:
+    if not stopping.is_set():
         on_exit(_explain_end(status, last_words))
 
 

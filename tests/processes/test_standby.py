@@ -118,7 +118,6 @@ def test_a_promotion_to_what_is_not_loaded_is_refused(
     assert core.process.exit_status == os.EX_CONFIG
     # Whoever serves there next will need it; its supervisor removes it in the end.
     assert core.folder.exists()
-    core.process.stop()
 
 
 def test_a_standby_does_not_take_the_address_of_a_live_core(start_core: StartCore) -> None:
@@ -126,7 +125,7 @@ def test_a_standby_does_not_take_the_address_of_a_live_core(start_core: StartCor
     with raw_client(first.address) as client:
         client.join()
         standby = start_core(standby_of=first)
-        standby.promote()
+        standby.promote(private_dir=None)
         assert isinstance(standby.end(), AddressInUseError)
         assert client.join()
 
