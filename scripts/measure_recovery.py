@@ -4,9 +4,9 @@
 scripts/measure_recovery.py --model $(scripts/random_model.py llama-160m)
 scripts/measure_recovery.py --model demo --kills 20 --cached-tokens 100000
 
-Each kill is in an engine of its own: first without a standby, then with one. Beside the times stands
-what the processes hold: memory that several of them have mapped counts in parts, one for each of
-them (PSS), so that a sum counts it once.
+Each kill is in an engine of its own: first without a standby, then with one. Beside the times
+stands what the processes hold: memory that several of them have mapped counts in parts, one for
+each of them (PSS), so that a sum counts it once.
 """
 
 import asyncio

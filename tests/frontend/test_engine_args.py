@@ -27,6 +27,7 @@ from footplate.protocol.errors import InvalidParameterError
         ("kv_cache_memory_bytes", [None, 2**40]),
         ("gpu_memory_utilization", [1, 1.0, 0.01]),
         ("enable_prefix_caching", [True, False]),
+        ("standby", [True, False]),
         ("max_num_seqs", [1, 512]),
         ("max_num_batched_tokens", [256, 10**6]),
         ("scheduling_policy", ["fcfs", "priority"]),
@@ -66,6 +67,7 @@ POSITIVE = [0, -1, 1.5, True, "1", 2**63]
         ("kv_cache_memory_bytes", POSITIVE),
         ("gpu_memory_utilization", [0, -0.5, 1.01, math.nan, "0.9", None, True]),
         ("enable_prefix_caching", [None, 1, "yes"]),
+        ("standby", [None, 1, "yes"]),
         ("max_num_seqs", [*POSITIVE, None]),
         ("max_num_batched_tokens", [*POSITIVE, None]),
         ("scheduling_policy", ["lifo", None]),
@@ -139,7 +141,7 @@ MOVED: dict[str, tuple[Any, str]] = {
     "reasoning_end_str": ("[/THINK]", "requests.reasoning_end_str"),
     "log_level": ("ERROR", "log_level"),
 }
-OF_THE_CLIENT = {"start_timeout_s"}
+OF_THE_CLIENT = {"start_timeout_s", "standby"}
 
 
 def test_every_argument_reaches_the_core() -> None:
