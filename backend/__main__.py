@@ -11,6 +11,7 @@ import os
 import signal
 from types import FrameType
 
+from footplate.backend.background import Background
 from footplate.backend.core_process import root_cause, run_core
 from footplate.backend.parent_line import ParentLine
 from footplate.backend.termination import Terminated
@@ -25,7 +26,8 @@ EX_SOFTWARE = 70
 def main() -> int:
     """Run the core; return the exit status."""
     # Whatever a library prints must not stand among our messages.
-    parent = ParentLine(0, os.dup(1))
+    background = Background()
+    parent = ParentLine(0, os.dup(1), on_promotion=background.end)
     os.dup2(2, 1)
     faulthandler.enable()
     # A terminal sends its interrupt to everyone; the parent decides what it means.
@@ -38,7 +40,7 @@ def main() -> int:
         level=config.log_level, format="%(asctime)s [core] %(levelname)s %(name)s: %(message)s"
     )
     try:
-        run_core(config, parent)
+        run_core(config, parent, background)
     except Exception as error:
         logging.getLogger(__name__).info("the engine core ends", exc_info=True)
         in_use = isinstance(error, AddressInUseError)

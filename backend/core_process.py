@@ -16,7 +16,7 @@ from pathlib import Path
 
 import zmq
 
-from footplate.backend.background import call_in_background, end_background
+from footplate.backend.background import Background
 from footplate.backend.engine_core import EngineCore
 from footplate.backend.inbox import Inbox, Joined, Left, Unreadable
 from footplate.backend.logits.processor import load_processors
@@ -52,9 +52,12 @@ BACKLOG_RETRY_S = 0.002
 LONGEST_SLEEP_S = 3600.0
 
 
-def run_core(config: CoreConfig, parent: ParentLine) -> None:
+def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> None:
     """Serve until the parent is gone, a signal comes, or the engine fails. A standby waits before
     that, with its model loaded, until it is promoted.
+
+    Args:
+        background: in which a standby loads; over when it is promoted.
 
     Raises:
         AddressInUseError: another process holds the address.
@@ -62,7 +65,7 @@ def run_core(config: CoreConfig, parent: ParentLine) -> None:
     """
     loaded = None
     if config.is_standby:
-        config, loaded = _stand_by(config, parent)
+        config, loaded = _stand_by(config, parent, background)
     files = parent.files
     try:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -101,16 +104,17 @@ def root_cause(error: BaseException) -> str:
     return text if isinstance(error, FootplateError) else f"{type(error).__name__}: {text}"
 
 
-def _stand_by(config: CoreConfig, parent: ParentLine) -> "tuple[CoreConfig, MakeRunner]":
+def _stand_by(
+    config: CoreConfig, parent: ParentLine, background: Background
+) -> tuple[CoreConfig, MakeRunner]:
     """Load without haste, and wait; return how to serve, and with what."""
 
     def load() -> MakeRunner:
         return _load(config, lambda phase, fraction: parent.say(Progress(phase, fraction)))
 
-    loaded = call_in_background(load)
+    loaded = background.call(load)
     parent.say(Progress(STANDING_BY, 1.0))
     promotion = parent.wait_for_promotion()
-    end_background()
     for what, ours, wanted in (
         ("model", config.model, promotion.model),
         ("block_size", config.cache.block_size, promotion.cache.block_size),

@@ -10,6 +10,7 @@ import queue
 import struct
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
@@ -26,11 +27,13 @@ class ParentLine:
     Args:
         pipe: a file descriptor to read from; its end is the death line.
         answers: a file descriptor for what this process says of itself.
+        on_promotion: called when a second message has come, on the thread that watches.
     """
 
-    def __init__(self, pipe: int, answers: int) -> None:
+    def __init__(self, pipe: int, answers: int, on_promotion: Callable[[], object]) -> None:
         self._pipe = pipe
         self._answers = answers
+        self._on_promotion = on_promotion
         self._promotions: queue.SimpleQueue[CoreConfig | str] = queue.SimpleQueue()
         self._files: CoreFiles | None = None
 
@@ -82,6 +85,7 @@ class ParentLine:
                     self._promotions.put(self._read())
                 except msgspec.MsgspecError as error:
                     self._promotions.put(str(error))
+                self._on_promotion()
         if self._files is not None:
             self._files.remove()
         sys.stderr.flush()

@@ -27,7 +27,7 @@ from footplate.frontend import AsyncLLMEngine, EngineArgs, SamplingParams
 
 DEFAULT = EngineArgs(model="demo")
 MIB = 2**20
-STANDBY_IDLE_S = 0.5  # without using the CPU: then it has loaded
+STANDBY_IDLE_S = 2.0  # without using the CPU: then it has loaded
 STANDBY_TIMEOUT_S = 300.0
 
 

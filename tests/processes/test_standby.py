@@ -23,8 +23,6 @@ from footplate.protocol.errors import AddressInUseError
 from .conftest import PATIENCE_S, StartCore, files_in, in_time, is_gone
 from .test_core_process import complete, raw_client
 
-LOADING_A_MODEL_S = 60.0
-
 
 @pytest.fixture
 def shared() -> Iterator[SharedMemory]:
@@ -217,9 +215,9 @@ async def test_a_promoted_standby_of_a_real_model_says_what_the_first_core_said(
     first = start_core(shared=shared, **options)
     expected = await ask(first.address)
     standby = start_core(standby_of=first, shared=shared, **options)
-    assert standby.standing_by.wait(LOADING_A_MODEL_S)
-    assert "memfd:footplate-weights" in maps_of(standby.process.process_id)
     os.kill(first.process.process_id, signal.SIGKILL)
     first.end()
+    # Still loading: until it is promoted that would take long on a machine that is busy.
     standby.promote(has_crashed=True)
     assert await ask(first.address) == expected
+    assert "memfd:footplate-weights" in maps_of(standby.process.process_id)
