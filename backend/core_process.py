@@ -1,15 +1,14 @@
 """The engine-core process: what it holds on to from start to end, and the busy loop.
 
 Order matters. The death line is watched first, so that no phase of start-up outlives the parent.
-The address is taken before anything slow is loaded, so that a second core on it fails at once.
+The address is taken before anything slow is loaded, so that a second core on it fails at once. A
+standby takes it last: it is another's until that one is dead.
 """
 
 import gc
 import logging
 import os
 import secrets
-import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,24 +18,27 @@ from typing import cast
 import msgspec
 import zmq
 
+from footplate.backend.background import Background
 from footplate.backend.cause import describe_cause
-from footplate.backend.core_files import CoreFiles
 from footplate.backend.discretion import without_places
 from footplate.backend.engine_core import ClientId, EngineCore
 from footplate.backend.flight_recorder import FlightRecorder, RecordedRunner, read_suspects
 from footplate.backend.inbox import Forbidden, Inbox, Joined, Left, Unreadable
 from footplate.backend.logits.processor import load_processors
 from footplate.backend.outbox import Outbox
+from footplate.backend.parent_line import ParentLine
 from footplate.backend.pulse import Pulse
-from footplate.backend.runner.load import load_runner
+from footplate.backend.runner.load import prepare_runner
+from footplate.backend.step import MakeRunner, OnProgress
 from footplate.backend.structured.compiler import GrammarCompiler
 from footplate.backend.structured.interface import GrammarEngine
 from footplate.backend.termination import Terminated
 from footplate.protocol.codec import Encoder
 from footplate.protocol.config import CoreConfig
-from footplate.protocol.errors import AddressInUseError, FootplateError
+from footplate.protocol.errors import AddressInUseError, EngineStartError, FootplateError
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
+    STANDING_BY,
     AttachRequest,
     ControlReply,
     EngineFailed,
@@ -60,18 +62,21 @@ BACKLOG_RETRY_S = 0.002
 LONGEST_SLEEP_S = 3600.0
 
 
-def run_core(config: CoreConfig, death_line: int) -> None:
-    """Serve until the death line ends, a signal comes, or the engine fails.
+def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> None:
+    """Serve until the parent is gone, a signal comes, or the engine fails. A standby waits before
+    that, with its model loaded, until it is promoted.
 
     Args:
-        death_line: a file descriptor on which end-of-file means that the parent is gone.
+        background: in which a standby loads; over when it is promoted.
 
     Raises:
         AddressInUseError: another process holds the address.
         Exception: whatever made loading or the loop fail, after clients have been told.
     """
-    files = CoreFiles(config)
-    _watch_death_line(death_line, files)
+    loaded = None
+    if config.is_standby:
+        config, loaded = _stand_by(config, parent, background)
+    files = parent.files
     try:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         pulse = Pulse()
@@ -87,7 +92,7 @@ def run_core(config: CoreConfig, death_line: int) -> None:
         recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
         core: EngineCore | None = None
         try:
-            core = _start(config, inbox, recorder)
+            core = _start(config, inbox, recorder, loaded)
             run_busy_loop(core, inbox, outbox, pulse, recorder)
         except Terminated:
             reason = "the engine was told to end"
@@ -123,14 +128,61 @@ def root_cause(error: BaseException) -> str:
     return text if isinstance(error, FootplateError) else f"{type(error).__name__}: {text}"
 
 
-def _start(config: CoreConfig, inbox: Inbox, recorder: FlightRecorder) -> EngineCore:
-    phases = _PhaseTimer(inbox.announce)
+def _stand_by(
+    config: CoreConfig, parent: ParentLine, background: Background
+) -> tuple[CoreConfig, MakeRunner]:
+    """Load without haste, and wait; return how to serve, and with what."""
+
+    def load() -> MakeRunner:
+        return _load(config, lambda phase, fraction: parent.say(Progress(phase, fraction)))
+
+    loaded = background.call(load)
+    parent.say(Progress(STANDING_BY, 1.0))
+    promotion = parent.wait_for_promotion()
+    for what, ours, wanted in (
+        ("model", config.model, promotion.model),
+        ("block_size", config.cache.block_size, promotion.cache.block_size),
+        (
+            "logits_processors",
+            config.requests.logits_processors,
+            promotion.requests.logits_processors,
+        ),
+    ):
+        if ours != wanted:
+            raise EngineStartError(f"a standby with {what} {ours} cannot serve {wanted}")
+    return promotion, loaded
+
+
+def _load(config: CoreConfig, on_progress: OnProgress) -> MakeRunner:
     # The collector would look again and again at objects that live for ever: a third of the time
     # of imports, and half of that of loading weights.
     gc.disable()
     # First: a wrong name is found before a large model has been loaded.
     processors = load_processors(config.requests.logits_processors)
-    runner = load_runner(config.model, config.cache, config.scheduler, phases.enter, processors)
+    return prepare_runner(
+        config.model,
+        config.cache,
+        on_progress,
+        processors,
+        is_standby=config.is_standby,
+        weights_file=config.weights_file,
+    )
+
+
+def _start(
+    config: CoreConfig,
+    inbox: Inbox,
+    recorder: FlightRecorder,
+    loaded: MakeRunner | None = None,
+) -> EngineCore:
+    """Everything from a bound address to a core that is ready.
+
+    Args:
+        loaded: what a standby has made ready.
+    """
+    phases = _PhaseTimer(inbox.announce)
+    make_runner = loaded or _load(config, phases.enter)
+    runner = make_runner(config.cache, config.scheduler, phases.enter)
     core = EngineCore(
         RecordedRunner(runner, recorder),
         config.cache,
@@ -299,17 +351,3 @@ def _name_listener(address: str) -> str:
             if inodes and os.readlink(descriptor) in inodes:
                 return f" (process {descriptor.parts[2]} does)"
     return ""
-
-
-def _watch_death_line(death_line: int, files: CoreFiles) -> None:
-    def watch() -> None:
-        with suppress(OSError):
-            while os.read(death_line, 4096):
-                pass  # the parent has nothing more to say; only the end counts
-        files.remove_all()
-        sys.stderr.flush()
-        # Not sys.exit: the main thread may be deep in a forward pass, and nothing of what it
-        # holds is worth waiting for.
-        os._exit(0)
-
-    threading.Thread(target=watch, name="death line", daemon=True).start()

@@ -1,9 +1,11 @@
 """What the scheduler hands to a model runner for one step, and what a runner is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from footplate.backend.request import Request
+from footplate.protocol.config import CacheConfig, SchedulerConfig
 from footplate.protocol.messages import ErrorKind, ModelFacts
 
 
@@ -137,3 +139,8 @@ class ModelRunner(Protocol):
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. A plan without requests only releases."""
         ...
+
+
+OnProgress = Callable[[str, float], None]
+# A model that is loaded waits in one of these for its KV cache.
+MakeRunner = Callable[[CacheConfig, SchedulerConfig, OnProgress], ModelRunner]

@@ -140,6 +140,10 @@ class EngineArgs:
     """A name for the weights, told with every output; if not given, `model`. See
     `AsyncLLMEngine.replace_core`."""
 
+    standby: bool = False
+    """Keep a second core process ready, with the model loaded and no KV cache: when the core dies,
+    streams go on within half a second. On CPUs both share one copy of packed weights."""
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
     """Of the engine core's log on standard error."""
 
@@ -187,7 +191,7 @@ class EngineArgs:
             raise InvalidParameterError("weights_version", self.weights_version, "a string")
         if self.key_dir is not None:
             _require_text("key_dir", self.key_dir)
-        for name in ("enable_prefix_caching", "insecure_tcp"):
+        for name in ("enable_prefix_caching", "insecure_tcp", "standby"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameterError(name, getattr(self, name), "True or False")
         for name, allowed in _CHOICES.items():

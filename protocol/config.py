@@ -130,6 +130,10 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         weights_version: names the weights in outputs.
         has_crashed: whether the core before this one, at this address, ended by itself.
         security: who may come in.
+        is_standby: load, take no address and no memory for a KV cache, and wait to be promoted by
+            a second configuration, in which this is False.
+        weights_file: an inherited file descriptor, of memory for packed weights that the cores of
+            one engine share; None where there is none.
     """
 
     address: str
@@ -142,3 +146,5 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     weights_version: str = ""
     has_crashed: bool = False
     security: SecurityConfig = SecurityConfig()
+    is_standby: bool = False
+    weights_file: int | None = None

@@ -271,6 +271,10 @@ class Pong(Message, tag="pong", frozen=True):
     step_age_s: float
 
 
+# The phase of a standby that has loaded all it can.
+STANDING_BY = "standing by"
+
+
 class Progress(Message, tag="progress", frozen=True):
     """The core is still starting."""
 

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_TIMEOUT_S = 180.0
+SCRATCH = "compiling-"  # begins the name of a folder beside the libraries
 
 # -ffp-contract=off: a product and a sum become one rounding only where the source says so, or the
 # same sum could round differently in two copies of one function. -fno-strict-aliasing: words are
@@ -201,13 +202,15 @@ class Build:
         with _locked(folder / "lock"):
             # Another process may have compiled it while this one waited.
             if not _is_intact(library):
+                for left_over in folder.glob(f"{SCRATCH}*"):  # by a process that was killed
+                    shutil.rmtree(left_over, ignore_errors=True)
                 self._compile(library)
         return library
 
     def _compile(self, library: Path) -> None:
         # Under another name until it is complete: a process that dies here leaves nothing that
         # looks like a library.
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=library.parent) as scratch:
             output, record = Path(scratch) / "library.so", Path(scratch) / "sha256"
             _run([*self.command, "-o", str(output)], COMPILE_TIMEOUT_S)
             output.chmod(0o600)
@@ -237,13 +240,38 @@ def _version(compiler: str) -> str:
     return _run([compiler, "--version"], timeout_s=10)
 
 
+# Runs a command, and kills its whole group of processes when standard input ends meanwhile.
+_WITH_PARENT = """
+exec 3<&0 0</dev/null
+{ read -r nothing <&3; kill -KILL 0; } >/dev/null 2>&1 &
+watcher=$!
+"$@" 3<&-
+status=$?
+kill -KILL $watcher
+wait $watcher 2>/dev/null
+exit $status
+"""
+
+
 def _run(command: Sequence[str], timeout_s: float) -> str:
+    """What a command prints. It and all that it starts end with this process, however that ends:
+    a compiler is a driver that starts others, and none of them would notice."""
+    reading, writing = os.pipe()  # nobody else has the end for writing
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=timeout_s
+            ["/bin/sh", "-c", _WITH_PARENT, "sh", *command],
+            stdin=reading,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            start_new_session=True,  # a group of its own
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelBuildError(f"{command[0]}: {error}") from error
+    finally:
+        os.close(reading)
+        os.close(writing)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
         telling = next((line for line in lines if "error" in line), lines[-1] if lines else "")

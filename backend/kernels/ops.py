@@ -299,6 +299,9 @@ class Kernels:
         return total
 
 
+Move = Callable[[torch.Tensor], torch.Tensor]
+
+
 class PackedLinear:
     """A linear layer, y = x w^T + bias, packed for the micro-kernel.
 
@@ -343,6 +346,11 @@ class PackedLinear:
     def nbytes(self) -> int:
         """Memory of the packed weights."""
         return self._layer.packed.nbytes
+
+    def move(self, move: Move) -> None:
+        """Have the packed weights, int32, in the memory that `move` gives for them, which holds
+        the same."""
+        self._layer.move(move)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, wide: bool = False
@@ -421,6 +429,11 @@ class PackedGatedMLP:
         """Memory of the packed weights."""
         return self._layer.packed.nbytes + self.down.nbytes
 
+    def move(self, move: Move) -> None:
+        """See `PackedLinear.move`."""
+        self._layer.move(move)
+        self.down.move(move)
+
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[..., k] to [..., outputs of `down`]; `residual` is added as by `PackedLinear`."""
         return self.down(self._layer(x), residual)
@@ -456,6 +469,11 @@ class PackedExperts:
     def nbytes(self) -> int:
         """Memory of the packed weights."""
         return sum(expert.nbytes for expert in self._experts)
+
+    def move(self, move: Move) -> None:
+        """See `PackedLinear.move`."""
+        for expert in self._experts:
+            expert.move(move)
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of what each token's experts make of it, in the order of its slots.
@@ -527,6 +545,12 @@ class _Layer:
             alpha,
         )
         self.address = ctypes.addressof(self._struct)
+
+    def move(self, move: Move) -> None:
+        moved = move(self.packed)
+        assert moved.shape == self.packed.shape and moved.is_contiguous()
+        self.packed = moved
+        self._struct.weights = moved.data_ptr()
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, wide: bool = False

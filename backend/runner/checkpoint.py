@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from footplate.backend.runner.errors import ModelLoadError, one_line
 from footplate.backend.runner.load import DEMO_MODEL
+from footplate.backend.runner.weight_files import check_weight_file
 from footplate.protocol.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,9 @@ def check_files(folder: Path) -> None:
         raise ModelLoadError(f"{folder} holds no config.json")
     for file in _weight_files(folder):
         try:
+            check_weight_file(file)
             with safe_open(file, framework="pt"):
-                pass  # opening checks the header against the size of the file
+                pass  # whatever else the library that will read it does not like
         except FileNotFoundError:
             raise ModelLoadError(f"{file} is missing: the download is not complete") from None
         except (SafetensorError, OSError) as error:
@@ -73,8 +75,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelLoadError(f"{index} is damaged: {one_line(error)}") from None
+        if strange := [name for name in names if not _is_weights_name(name)]:
+            raise ModelLoadError(f"{index} is damaged: {strange[0]!r} is no file of this folder")
         return [folder / name for name in sorted(names)]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -82,6 +86,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickles := [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]:
         hint = f"; {pickles[0].name} is a pickle, which can run any code: convert it"
     raise ModelLoadError(f"{folder} holds no {WEIGHTS}{hint}")
+
+
+def _is_weights_name(name: object) -> bool:
+    """Whether `name` is one of a weight file, and of no other folder."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def load_config(folder: Path) -> Any:
@@ -94,11 +103,30 @@ def load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the architecture's own checks raise
         logger.debug("loading the configuration failed", exc_info=True)
-        raise ModelLoadError(f"{folder / 'config.json'}: {one_line(error)}") from error
+        file = folder / "config.json"
+        if wants_code(folder):
+            raise ModelLoadError(
+                f"{file} names code that comes with the model (auto_map), which is never run, and "
+                "the installed transformers has no architecture of its own for it: convert the "
+                "model, or install a release that knows it"
+            ) from error
+        raise ModelLoadError(f"{file}: {one_line(error)}") from error
+
+
+def wants_code(folder: Path) -> bool:
+    """Whether a model's configuration names code that comes with the model."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("auto_map"))
 
 
 def load_model(folder: Path, config: Any, requested: ModelConfig, device: torch.device) -> Any:
-    """The model on its device, ready for inference; a transformers `PreTrainedModel`.
+    """The model in host memory, ready for inference; a transformers `PreTrainedModel`.
+
+    Args:
+        device: where it will run, which may decide its dtype.
 
     Raises:
         ModelLoadError: the weights do not fit the configuration, or cannot be loaded.
@@ -129,7 +157,7 @@ def load_model(folder: Path, config: Any, requested: ModelConfig, device: torch.
         )
     if device.type == "cpu" and model.dtype is torch.float16:
         model = model.to(_instead_of_float16())  # the checkpoint's, and not said in its config
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _dtype(requested: str, config: Any, device: torch.device) -> torch.dtype | str:

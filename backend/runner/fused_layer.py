@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from footplate.backend.kernels.decoder_layer import DecoderLayer
-from footplate.backend.kernels.ops import Kernels, NormWeight, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.ops import Kernels, Move, NormWeight, PackedGatedMLP, PackedLinear
 from footplate.backend.runner.attention_backend import AttentionOptions
 from footplate.backend.runner.paged_model import running_layer
 
@@ -79,6 +79,11 @@ class FusedLayer:
             mlp_norm=mlp_norm,
             mlp=mlp,
         )
+
+    def move(self, move: Move) -> None:
+        """See `PackedLinear.move`."""
+        for packed in (self._qkv, self._output, self.mlp):
+            packed.move(move)
 
     def __call__(
         self,

@@ -1,8 +1,8 @@
-"""From a model's name to a model runner. Imports torch only for models that need it."""
+"""From a model's name to what makes its runner. Imports torch only for models that need it."""
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from footplate.backend.kernels import build
@@ -10,46 +10,74 @@ from footplate.backend.kernels.touched_memory import TouchedMemory
 from footplate.backend.logits.processor import LogitsProcessor
 from footplate.backend.runner.cache_size import MAX_DEFAULT_HOST_BYTES
 from footplate.backend.runner.fake import FakeModelRunner
-from footplate.backend.step import ModelRunner
+from footplate.backend.step import MakeRunner, ModelRunner, OnProgress
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
 from footplate.protocol.errors import EngineStartError
 
 DEMO_MODEL = Path(__file__).parent.parent / "models" / "demo"
 
 
-def load_runner(
+def prepare_runner(
     model: ModelConfig,
     cache: CacheConfig,
-    scheduler: SchedulerConfig,
-    on_progress: Callable[[str, float], None],
+    on_progress: OnProgress,
     processors: Sequence[type[LogitsProcessor]] = (),
-) -> ModelRunner:
+    *,
+    is_standby: bool = False,
+    weights_file: int | None = None,
+) -> MakeRunner:
     """Load what `model.model` names: "fake", "demo", a folder, or a cached hub model.
 
     Args:
+        cache: of which a standby uses the block size.
         on_progress: told of each phase as it begins.
         processors: custom logits processors that requests may use.
+        is_standby: nobody knows when the runner will be made: take no memory for a KV cache, and
+            none of a GPU.
+        weights_file: see `CoreConfig`.
+
+    Returns:
+        What makes the runner, once, when it is to serve.
 
     Raises:
         EngineStartError: a real model was asked for, and torch or transformers is missing.
         Exception: whatever makes loading fail, with a message for the user.
     """
     if model.model == "fake":
-        return FakeModelRunner(model, cache, DEMO_MODEL, processors)
+        return lambda cache, scheduler, on_progress: FakeModelRunner(
+            model, cache, DEMO_MODEL, processors
+        )
     on_progress("importing torch", 0.0)
     # On the very first start the compiler takes longer than these imports, on a core of its own.
     ahead = (build.cache_folder(os.environ),)
     threading.Thread(target=build.compile_ahead, args=ahead, daemon=True).start()
-    touched = TouchedMemory(cache.kv_cache_memory_bytes or MAX_DEFAULT_HOST_BYTES)
+    touched = (
+        None if is_standby else TouchedMemory(cache.kv_cache_memory_bytes or MAX_DEFAULT_HOST_BYTES)
+    )
     try:
-        from footplate.backend.runner.model_runner import load_model_runner
+        from footplate.backend.runner.model_runner import prepare_model_runner
     except ModuleNotFoundError as error:
-        touched.close()
         raise EngineStartError(
             f"model {model.model!r} needs the package {error.name!r}: "
             "pip install 'footplate-llm[engine]'"
         ) from None
-    try:
-        return load_model_runner(model, cache, scheduler, on_progress, touched, processors)
-    finally:
-        touched.close()
+    prepared = prepare_model_runner(
+        model,
+        cache.block_size,
+        on_progress,
+        touched,
+        processors,
+        is_standby=is_standby,
+        weights_file=weights_file,
+    )
+
+    def make(
+        cache: CacheConfig, scheduler: SchedulerConfig, on_progress: OnProgress
+    ) -> ModelRunner:
+        try:
+            return prepared(cache, scheduler, on_progress)
+        finally:
+            if touched is not None:
+                touched.close()
+
+    return make

@@ -36,6 +36,11 @@ class MappedWeights:
                     self._ranges.append((int(start, 16), int(end, 16)))
         self._madvise = ctypes.CDLL(None).madvise if self._ranges else None
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether all of `tensor` is a file's."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(low <= start and end <= high for low, high in self._ranges)
+
     def release(self, tensor: torch.Tensor) -> None:
         """Give back the whole pages of `tensor`, if they are a file's.
 

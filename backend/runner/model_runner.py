@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ from footplate.backend.runner.per_request_runner import (
 from footplate.backend.runner.probe import NotPagedError, probe_paged, tolerance_of
 from footplate.backend.runner.rewrite import rewrite_model
 from footplate.backend.runner.sampler import Sampler
+from footplate.backend.runner.shared_weights import SharedWeights
 from footplate.backend.runner.thread_governor import ThreadGovernor
 from footplate.backend.runner.torch_attention import TorchAttention
 from footplate.backend.runner.warm_up import warm_up
-from footplate.backend.step import ModelRunner, RunnerFacts
+from footplate.backend.step import MakeRunner, ModelRunner, OnProgress, RunnerFacts
 from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
 from footplate.protocol.messages import ModelFacts
 
@@ -53,16 +55,36 @@ def load_model_runner(
     model: ModelConfig,
     cache: CacheConfig,
     scheduler: SchedulerConfig,
-    on_progress: Callable[[str, float], None],
+    on_progress: OnProgress,
     touched: TouchedMemory | None = None,
     processors: Sequence[type[LogitsProcessor]] = (),
 ) -> ModelRunner:
-    """Load a model and everything it needs to run, ready for its first step.
+    """Load a model and everything it needs to run, ready for its first step: see
+    `prepare_model_runner`."""
+    make = prepare_model_runner(model, cache.block_size, on_progress, touched, processors)
+    return make(cache, scheduler, on_progress)
+
+
+def prepare_model_runner(
+    model: ModelConfig,
+    block_size: int,
+    on_progress: OnProgress,
+    touched: TouchedMemory | None = None,
+    processors: Sequence[type[LogitsProcessor]] = (),
+    *,
+    is_standby: bool = False,
+    weights_file: int | None = None,
+) -> MakeRunner:
+    """Load a model, and do all that can be done before there is a KV cache.
 
     Args:
+        block_size: of the cache that there will be.
         on_progress: told of each phase as it begins.
         touched: for a KV cache on the CPU.
         processors: custom logits processors that requests may use.
+        is_standby: on a GPU, keep the weights in host memory until the runner is made: the GPU's
+            memory is for the core that serves.
+        weights_file: see `CoreConfig`; for weights packed for our CPU kernels.
 
     Raises:
         ModelLoadError: see `ModelLoadError`.
@@ -77,32 +99,63 @@ def load_model_runner(
         raise ModelLoadError(
             f"max_model_len={model.max_model_len}: the model's limit is {limits.hard} tokens"
         )
-    wanted_len = model.max_model_len or limits.paged
     network = load_model(folder, config, model, device)
-    torch.set_num_threads(model.num_threads or _default_num_threads(network))
     num_parameters = sum(p.numel() for p in network.parameters())
-    loaded = _Loaded(model, folder, network, num_parameters, wanted_len, cache, scheduler)
+    wanted_len = model.max_model_len or limits.paged
+    loaded = _Loaded(model, folder, network, num_parameters, wanted_len, block_size)
+    shared = None
+    if weights_file is not None and device.type == "cpu":
+        # Padding makes packed matrices a little larger than those they are made from.
+        most = 2 * sum(p.nbytes for p in network.parameters()) + 2**26
+        shared = SharedWeights(weights_file, most, may_fill=not is_standby)
+    if is_standby and device.type != "cpu":
+
+        def make(cache: CacheConfig, scheduler: SchedulerConfig, report: OnProgress) -> ModelRunner:
+            later = _put_to_work(loaded, limits.paged, device, report, None, processors, None)
+            return later(cache, scheduler, report)
+
+        return make
+    return _put_to_work(loaded, limits.paged, device, on_progress, touched, processors, shared)
+
+
+def _put_to_work(
+    loaded: "_Loaded",
+    paged_len: int,
+    device: torch.device,
+    on_progress: OnProgress,
+    touched: TouchedMemory | None,
+    processors: Sequence[type[LogitsProcessor]],
+    shared: SharedWeights | None,
+) -> MakeRunner:
+    """Find out how the model is best run on `device`, and pack its weights for that.
+
+    Args:
+        paged_len: the longest sequence that a paged cache can hold.
+    """
+    model, block_size, wanted_len = loaded.requested, loaded.block_size, loaded.wanted_len
+    network = loaded.network.to(device)
+    torch.set_num_threads(model.num_threads or _default_num_threads(network))
     on_progress("checking attention", 0.0)
-    own_kernels = _load_kernels(network, cache.block_size)
-    mapped = MappedWeights(folder)
+    own_kernels = _load_kernels(network, block_size)
+    mapped = MappedWeights(loaded.folder)
     if model.quantization and own_kernels is None:
         raise ModelLoadError(
             f"quantization={model.quantization!r} needs the CPU kernels, and there are none: they "
             "want device='cpu', a C++ compiler, float32 or bfloat16, and a block_size that is a "
-            f"multiple of 16 (here {network.device.type}, {network.dtype}, {cache.block_size})"
+            f"multiple of 16 (here {network.device.type}, {network.dtype}, {block_size})"
         )
     sampler = Sampler(own_kernels, processors)
     try:
-        if wanted_len > limits.paged:
-            raise NotPagedError(f"beyond {limits.paged} tokens its positions are encoded anew")
-        backend: AttentionBackend[Any, Any] = TorchAttention(device, cache.block_size)
+        if wanted_len > paged_len:
+            raise NotPagedError(f"beyond {paged_len} tokens its positions are encoded anew")
+        backend: AttentionBackend[Any, Any] = TorchAttention(device, block_size)
         if own_kernels is not None:
-            backend = CpuAttention(own_kernels, cache.block_size)
-        windows = attention_windows(config, wanted_len)
+            backend = CpuAttention(own_kernels, block_size)
+        windows = attention_windows(network.config, wanted_len)
         # Quantised, a model takes half its memory and less. It should not need all of it to start.
         saves_memory = mapped.released_after_use if model.quantization else nullcontext
         with saves_memory(network):
-            shapes = probe_paged(network, backend, cache.block_size, windows)
+            shapes = probe_paged(network, backend, block_size, windows)
     except NotPagedError as reason:
         if model.quantization:
             raise ModelLoadError(
@@ -115,7 +168,7 @@ def load_model_runner(
             reason,
         )
         _pack_for_torch(network, mapped, on_progress)
-        runner = _per_request_runner(loaded, sampler, wanted_len <= limits.paged, on_progress)
+        make = _prepare_per_request(loaded, sampler, wanted_len <= paged_len)
     else:
         direct = None
         if own_kernels is None:
@@ -127,16 +180,25 @@ def load_model_runner(
                 own_kernels,
                 backend,
                 shapes,
-                block_size=cache.block_size,
+                block_size=block_size,
                 max_model_len=wanted_len,
                 mapped=mapped,
                 quantization=model.quantization,
+                shared=shared,
             )
-            backend = CpuAttention(own_kernels, cache.block_size, touched)
-        runner = _paged_runner(loaded, backend, shapes, direct, sampler, on_progress)
-    on_progress("warming up", 0.0)
-    warm_up(runner)
-    return runner
+            backend = CpuAttention(own_kernels, block_size, touched)
+        make = partial(_paged_runner, loaded, backend, shapes, direct, sampler)
+
+    def make_runner(
+        cache: CacheConfig, scheduler: SchedulerConfig, report: OnProgress
+    ) -> ModelRunner:
+        report("allocating KV cache", 0.0)
+        runner = make(cache, scheduler)
+        report("warming up", 0.0)
+        warm_up(runner)
+        return runner
+
+    return make_runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +210,18 @@ class _Loaded:
     network: Any
     num_parameters: int
     wanted_len: int
-    cache: CacheConfig
-    scheduler: SchedulerConfig
+    block_size: int
 
-    def size_cache(self, bytes_per_block: int, budget_bytes: int) -> CacheSize:
+    def size_cache(
+        self,
+        cache: CacheConfig,
+        scheduler: SchedulerConfig,
+        bytes_per_block: int,
+        budget_bytes: int,
+    ) -> CacheSize:
         return size_cache(
-            self.cache,
-            self.scheduler,
+            cache,
+            scheduler,
             bytes_per_block=bytes_per_block,
             budget_bytes=budget_bytes,
             wanted_len=self.wanted_len,
@@ -211,9 +278,7 @@ def _load_kernels(network: Any, block_size: int) -> Kernels | None:
     return None if library is None else Kernels(library)
 
 
-def _pack_for_torch(
-    network: Any, mapped: MappedWeights, on_progress: Callable[[str, float], None]
-) -> None:
+def _pack_for_torch(network: Any, mapped: MappedWeights, on_progress: OnProgress) -> None:
     if network.device.type == "cpu":
         on_progress("packing weights", 0.0)
         pack_linears(network, mapped)
@@ -225,12 +290,13 @@ def _paged_runner(
     shapes: Mapping[int, LayerShape],
     direct: Forward | None,
     sampler: Sampler,
-    on_progress: Callable[[str, float], None],
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
 ) -> ModelRunner:
-    on_progress("allocating KV cache", 0.0)
-    cache, network = loaded.cache, loaded.network
+    network = loaded.network
     bytes_per_block = sum(backend.bytes_per_block(shape) for shape in shapes.values())
-    size = loaded.size_cache(bytes_per_block, _budget_bytes(loaded, backend, shapes))
+    budget_bytes = _budget_bytes(loaded, backend, shapes, cache, scheduler)
+    size = loaded.size_cache(cache, scheduler, bytes_per_block, budget_bytes)
     paged = PagedModel(network, backend, size.num_blocks, shapes, direct)
     facts = loaded.facts(size, f"paged {backend.name}", supports_prefix_caching=True)
     # Only where the number of threads changes no result, and nobody has asked for a number.
@@ -242,14 +308,18 @@ def _paged_runner(
         if free_to_choose
         else None
     )
-    return PagedRunner(paged, facts, cache.block_size, sampler, governor)
+    return PagedRunner(paged, facts, loaded.block_size, sampler, governor)
 
 
 def _budget_bytes(
-    loaded: _Loaded, backend: AttentionBackend[Any, Any], shapes: Mapping[int, LayerShape]
+    loaded: _Loaded,
+    backend: AttentionBackend[Any, Any],
+    shapes: Mapping[int, LayerShape],
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
 ) -> int:
     """What the KV cache may take when nobody says how much, in bytes."""
-    device, cache = loaded.network.device, loaded.cache
+    device = loaded.network.device
     if device.type == "cpu":
         return default_host_bytes()
     if cache.num_gpu_blocks_override is not None or cache.kv_cache_memory_bytes is not None:
@@ -258,34 +328,36 @@ def _budget_bytes(
         loaded.network,
         backend,
         shapes,
-        block_size=cache.block_size,
-        num_tokens=loaded.scheduler.max_num_batched_tokens,
-        num_seqs=loaded.scheduler.max_num_seqs,
+        block_size=loaded.block_size,
+        num_tokens=scheduler.max_num_batched_tokens,
+        num_seqs=scheduler.max_num_seqs,
         max_model_len=loaded.wanted_len,
     )
     return max(0, cuda_memory.free_bytes(device, cache.gpu_memory_utilization) - step_bytes)
 
 
-def _per_request_runner(
-    loaded: _Loaded,
-    sampler: Sampler,
-    chunks_may_work: bool,
-    on_progress: Callable[[str, float], None],
-) -> ModelRunner:
-    network, cache = loaded.network, loaded.cache
+def _prepare_per_request(
+    loaded: _Loaded, sampler: Sampler, chunks_may_work: bool
+) -> Callable[[CacheConfig, SchedulerConfig], ModelRunner]:
+    network = loaded.network
     try:
         cached = CachedModel(network)
         in_chunks = probe_chunks(network, cached, tolerance_of(network.dtype)) and chunks_may_work
     except CacheError as error:
         raise ModelLoadError(f"{type(network).__name__} cannot be served: {error}") from error
-    on_progress("allocating KV cache", 0.0)
-    # Nothing is allocated ahead; the blocks only tell the scheduler how much may run at once.
-    on_cuda = network.device.type == "cuda"
-    size = loaded.size_cache(
-        cached.measure_bytes_per_token() * cache.block_size,
-        cuda_memory.free_bytes(network.device, cache.gpu_memory_utilization)
-        if on_cuda
-        else default_host_bytes(),
-    )
-    facts = loaded.facts(size, "per-request cache", supports_prefix_caching=False)
-    return PerRequestRunner(cached, facts, sampler, in_chunks)
+
+    def make(cache: CacheConfig, scheduler: SchedulerConfig) -> ModelRunner:
+        # Nothing is allocated ahead; the blocks only tell the scheduler how much may run at once.
+        on_cuda = network.device.type == "cuda"
+        size = loaded.size_cache(
+            cache,
+            scheduler,
+            cached.measure_bytes_per_token() * loaded.block_size,
+            cuda_memory.free_bytes(network.device, cache.gpu_memory_utilization)
+            if on_cuda
+            else default_host_bytes(),
+        )
+        facts = loaded.facts(size, "per-request cache", supports_prefix_caching=False)
+        return PerRequestRunner(cached, facts, sampler, in_chunks)
+
+    return make

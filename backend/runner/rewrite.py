@@ -25,6 +25,7 @@ from footplate.backend.kernels.ops import (
     Activation,
     Kernels,
     NormWeight,
+    PackedExperts,
     PackedGatedMLP,
     PackedLinear,
     Quantization,
@@ -48,6 +49,7 @@ from footplate.backend.runner.packed_router import apart, looks_like_router, pac
 from footplate.backend.runner.paged_model import PagedModel
 from footplate.backend.runner.probe import short_batch
 from footplate.backend.runner.recording import Recording, record_calls, relative_error
+from footplate.backend.runner.shared_weights import SharedWeights
 from footplate.backend.runner.whole_vectors import in_whole_vectors
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,10 @@ QUANTISED_EMBEDDING_ERROR = 0.05
 FEW_OUTPUTS = 1 / 8
 
 LINEAR = (nn.Linear, Conv1D)
+PACKED = (PackedLinear, PackedGatedMLP, PackedExperts, FusedLayer)
+
+# A tensor takes whole pages of shared memory.
+MIN_SHARED_BYTES = 2**16
 
 Replacement = Callable[..., torch.Tensor]
 
@@ -96,6 +102,7 @@ def rewrite_model(
     max_model_len: int,
     mapped: MappedWeights,
     quantization: Quantization | None = None,
+    shared: SharedWeights | None = None,
 ) -> DirectForward | None:
     """Put `kernels` under a model that runs on `backend`.
 
@@ -105,6 +112,7 @@ def rewrite_model(
         mapped: takes back the pages of weights that are not needed any more.
         quantization: of the linear layers; "int4" leaves the last one, whose errors are those
             of the logits, with 8 bits.
+        shared: where packed weights go that others may use; sealed afterwards.
 
     Returns:
         What computes the same logits as the rewritten model, if every part of it is ours.
@@ -119,8 +127,12 @@ def rewrite_model(
         with paged.step(batch):
             return call()
 
-    rewriter = Rewriter(kernels, model, recording, paged.options, in_step, mapped, quantization)
+    rewriter = Rewriter(
+        kernels, model, recording, paged.options, in_step, mapped, quantization, shared
+    )
     rewriter.run()
+    if shared is not None:
+        shared.seal()
     logger.info("on %s kernels: %s", kernels.instruction_set, dict(rewriter.num_replaced))
     if rewriter.left_alone:
         logger.info("left as they were, for they compute otherwise: %s", rewriter.left_alone)
@@ -143,6 +155,7 @@ class Rewriter:
             cache.
         mapped: takes back the pages of weights that are not needed any more.
         quantization: see `rewrite_model`.
+        shared: see `rewrite_model`.
 
     Attributes:
         num_replaced: modules, by kind.
@@ -159,6 +172,7 @@ class Rewriter:
         in_step: Callable[[Callable[[], torch.Tensor]], torch.Tensor],
         mapped: MappedWeights,
         quantization: Quantization | None,
+        shared: SharedWeights | None = None,
     ) -> None:
         self.num_replaced: Counter[str] = Counter()
         self.head: PackedLinear | None = None
@@ -171,6 +185,7 @@ class Rewriter:
         self._quantization = quantization
         self._tolerance = TOLERANCE[model.dtype]
         self._mapped = mapped
+        self._shared = shared
         self._done: set[nn.Module] = set()
 
     @torch.inference_mode()
@@ -195,6 +210,7 @@ class Rewriter:
                 else:
                     self.left_alone.append(name)
         self._share_embedding()
+        self._share_converted_weights()
 
     @staticmethod
     def _try(replace: Callable[[Any], bool], module: nn.Module) -> bool:
@@ -208,6 +224,8 @@ class Rewriter:
 
     def _install(self, module: nn.Module, replacement: Replacement) -> None:
         """Make `module` call `replacement`, and drop the weights that were packed for it."""
+        if self._shared is not None and isinstance(replacement, PACKED):
+            replacement.move(self._shared.share)
         module.forward = replacement
         for part in module.modules():
             self._done.add(part)
@@ -431,6 +449,16 @@ class Rewriter:
             self._mapped.release(embedding.weight)
             empty = nn.Parameter(embedding.weight.new_empty(0), requires_grad=False)
             embedding.weight = self._model.get_output_embeddings().weight = empty
+
+    def _share_converted_weights(self) -> None:
+        """What is left of the model is mapped from its files, which all who map them share, unless
+        it was converted to another type."""
+        if self._shared is None:
+            return
+        for weight in self._model.parameters():
+            is_large = weight.nbytes >= MIN_SHARED_BYTES and weight.is_contiguous()
+            if is_large and not self._mapped.holds(weight):
+                weight.data = self._shared.share(weight.data)
 
 
 def _is_linear(module: nn.Module) -> bool:

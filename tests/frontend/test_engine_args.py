@@ -27,6 +27,7 @@ from footplate.protocol.errors import InvalidParameterError
         ("kv_cache_memory_bytes", [None, 2**40]),
         ("gpu_memory_utilization", [1, 1.0, 0.01]),
         ("enable_prefix_caching", [True, False]),
+        ("standby", [True, False]),
         ("max_num_seqs", [1, 512]),
         ("max_num_batched_tokens", [256, 10**6]),
         ("scheduling_policy", ["fcfs", "priority"]),
@@ -67,6 +68,7 @@ POSITIVE = [0, -1, 1.5, True, "1", 2**63]
         ("kv_cache_memory_bytes", POSITIVE),
         ("gpu_memory_utilization", [0, -0.5, 1.01, math.nan, "0.9", None, True]),
         ("enable_prefix_caching", [None, 1, "yes"]),
+        ("standby", [None, 1, "yes"]),
         ("max_num_seqs", [*POSITIVE, None]),
         ("max_num_batched_tokens", [*POSITIVE, None]),
         ("scheduling_policy", ["lifo", None]),
@@ -149,6 +151,7 @@ OF_THE_CLIENT = {
     "restart_window_s",
     "stall_timeout_s",
     "hang_timeout_s",
+    "standby",
 }
 OF_TCP = {"key_dir", "insecure_tcp"}
 

@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from footplate.frontend import EngineArgs
 from footplate.frontend.core_process import CoreProcess
+from footplate.frontend.shared_memory import SharedMemory
+from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import EngineStartError
 
 HERE = Path(__file__).parent
@@ -135,6 +138,8 @@ class Core:
     process: CoreProcess
     ends: "queue.Queue[EngineStartError]"
     gate: int
+    config: CoreConfig
+    standing_by: threading.Event = field(default_factory=threading.Event)
 
     def let_through(self, number: int = 1) -> None:
         """Let so many pass the gate of an obedient core."""
@@ -149,25 +154,40 @@ class Core:
         """Why it has ended, once it has."""
         return self.ends.get(timeout=PATIENCE_S)
 
+    def promote(self, **changes: Any) -> None:
+        """Let a standby serve at its address."""
+        self.process.promote(msgspec.structs.replace(self.config, is_standby=False, **changes))
+
 
 StartCore = Callable[..., Core]
 
 
 @pytest.fixture
 def start_core(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartCore]:
-    """Start core processes; with a mode, they obey (see `obedient_core`)."""
+    """Start core processes; with a mode, they obey (see `obedient_core`). The standby of another
+    one is of the same address and folder."""
     cores: list[Core] = []
 
-    def start(mode: str | None = None, **engine_args: Any) -> Core:
+    def start(
+        mode: str | None = None,
+        *,
+        standby_of: Core | None = None,
+        is_standby: bool = False,
+        shared: SharedMemory | None = None,
+        **engine_args: Any,
+    ) -> Core:
         number = len(cores)
-        private = folder / f"core{number}"
-        private.mkdir(mode=0o700)
+        private = standby_of.folder if standby_of else folder / f"core{number}"
+        private.mkdir(mode=0o700, exist_ok=True)
         fifo = folder / f"core{number}.gate"
         os.mkfifo(fifo)
         gate = os.open(fifo, os.O_RDWR)
         address = f"ipc://{private}/engine.sock"
-        config = EngineArgs(model="fake", **engine_args).core_config(address, str(private))
+        config = EngineArgs(**{"model": "fake", **engine_args}).core_config(address, str(private))
+        is_standby = is_standby or standby_of is not None
+        config = msgspec.structs.replace(config, is_standby=is_standby)
         ends: queue.Queue[EngineStartError] = queue.Queue()
+        standing_by = threading.Event()
         with monkeypatch.context() as patch:
             if mode is not None:
                 command = [sys.executable, HERE / "obedient_core.py", mode, fifo]
@@ -175,8 +195,8 @@ def start_core(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartC
                 program.write_text(f"#!/bin/sh\nexec {shlex.join(map(str, command))}\n")
                 program.chmod(0o700)
                 patch.setattr(sys, "executable", str(program))
-            process = CoreProcess(config, ends.put)
-        cores.append(Core(address, private, process, ends, gate))
+            process = CoreProcess(config, ends.put, shared=shared, on_standing_by=standing_by.set)
+        cores.append(Core(address, private, process, ends, gate, config, standing_by))
         return cores[-1]
 
     yield start

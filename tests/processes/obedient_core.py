@@ -11,8 +11,9 @@ from footplate.backend.__main__ import main
 from footplate.backend.logits.processor import LogitsProcessor
 from footplate.backend.runner.fake import FakeModelRunner
 from footplate.backend.runner.load import DEMO_MODEL
-from footplate.backend.step import StepPlan, StepResult
-from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
+from footplate.backend.step import MakeRunner, OnProgress, StepPlan, StepResult
+from footplate.protocol.config import CacheConfig, ModelConfig
+from footplate.protocol.errors import EngineStartError
 
 
 class Gate:
@@ -50,13 +51,13 @@ def fail() -> None:
 def obey(mode: str, gate: str) -> None:
     """Prepare what `mode` names, before the core starts."""
 
-    def load(
+    def prepare(
         model: ModelConfig,
         cache: CacheConfig,
-        scheduler: SchedulerConfig,
-        on_progress: Callable[[str, float], None],
+        on_progress: OnProgress,
         processors: Sequence[type[LogitsProcessor]] = (),
-    ) -> ObedientRunner:
+        **options: object,
+    ) -> MakeRunner:
         runner = ObedientRunner(model, cache, DEMO_MODEL, processors)
         match mode:
             case "step raises":
@@ -75,13 +76,15 @@ def obey(mode: str, gate: str) -> None:
                 on_progress("loading", 0.25)
                 on_progress("loading", 0.5)
                 Gate(gate).wait()
+            case "load refuses":
+                raise EngineStartError("the weights are damaged")
             case "load raises":
                 print("what a library prints", flush=True)
                 os.write(1, b"or writes")
                 raise ValueError("no weights\n  in the folder")
-        return runner
+        return lambda cache, scheduler, on_progress: runner
 
-    core_process.load_runner = load  # type: ignore[attr-defined]
+    core_process.prepare_runner = prepare  # type: ignore[attr-defined]
     if mode == "small budget":
         inbox.SEND_HIGH_WATER_MARK = 1
         outbox.MAX_BACKLOG_BYTES = 10_000

@@ -171,6 +171,14 @@ def test_the_root_cause_is_told_without_what_libraries_print(start_core: StartCo
     assert not core.folder.exists()
 
 
+def test_what_the_user_has_to_put_right_has_an_exit_status_of_its_own(
+    start_core: StartCore,
+) -> None:
+    core = start_core("load refuses")
+    assert str(core.end()) == "the weights are damaged"
+    assert core.process.exit_status == os.EX_CONFIG
+
+
 async def test_a_client_that_waits_for_a_start_hears_why_it_failed(
     start_core: StartCore,
 ) -> None:

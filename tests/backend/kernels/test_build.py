@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -48,6 +49,20 @@ class FakeCompiler:
     @property
     def num_calls(self) -> int:
         return len(self._log.read_text().splitlines())
+
+
+def compiling(compiler: Path, folder: Path) -> str:
+    """A program that compiles and prints where the library is."""
+    # By its path: the package would import torch, for seconds.
+    return f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("build", {str(build.__file__)!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["build"] = module
+spec.loader.exec_module(module)
+from pathlib import Path
+print(module.Build.of({str(compiler)!r}, module.PLAIN).in_folder(Path({str(folder)!r})))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -96,16 +111,7 @@ def test_two_processes_that_start_together_compile_once(
     tmp_path: Path, folder: Path, library: Path
 ) -> None:
     compiler = FakeCompiler(tmp_path, library, seconds=0.3)
-    # By its path: the package would import torch, for seconds.
-    program = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("build", {str(build.__file__)!r})
-module = importlib.util.module_from_spec(spec)
-sys.modules["build"] = module
-spec.loader.exec_module(module)
-from pathlib import Path
-print(module.Build.of({str(compiler.path)!r}, module.PLAIN).in_folder(Path({str(folder)!r})))
-"""
+    program = compiling(compiler.path, folder)
     processes = [
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -266,3 +272,42 @@ def test_sources_are_part_of_the_package() -> None:
     assert spec is not None and spec.submodule_search_locations is not None
     names = {path.suffix for path in Path(next(iter(spec.submodule_search_locations))).iterdir()}
     assert {".cpp", ".h"} <= names
+
+
+def test_a_compiler_and_what_it_has_started_end_with_a_killed_process(
+    tmp_path: Path, folder: Path
+) -> None:
+    started, compiler = tmp_path / "started", tmp_path / "driver"
+    # As real ones: a driver that waits for a process which does the work.
+    compiler.write_text(
+        f"""#!/bin/sh
+        [ "$1" = --version ] && {{ echo "driver 1.0"; exit 0; }}
+        sleep 600 & echo $$ $! > {started}.part && mv {started}.part {started}
+        wait
+        """
+    )
+    compiler.chmod(0o755)
+    process = subprocess.Popen([sys.executable, "-c", compiling(compiler, folder)])
+    deadline = time.monotonic() + 30
+    while not started.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    driver, worker = map(psutil.Process, map(int, started.read_text().split()))
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs([driver, worker], timeout=2)
+    assert not alive
+    # What was half made goes with the next build, here one that fails.
+    assert list(folder.glob("compiling-*"))
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo driver 1.0\n')
+    with pytest.raises(KernelBuildError):
+        Build.of(str(compiler), PLAIN).in_folder(folder)
+    assert not list(folder.glob("compiling-*"))
+
+
+def test_a_compilers_exit_status_and_words_come_through(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    with pytest.raises(KernelBuildError, match="failed with 3: error: no such thing"):
+        Build.of(str(compiler), INSTRUCTION_SETS[0])

@@ -106,6 +106,14 @@ def test_a_damaged_index(save_llama: SaveLlama) -> None:
     assert refusal(folder).startswith(f"{index} is damaged: ")
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "..", "", 7])
+def test_an_index_that_names_a_file_elsewhere(name: object, save_llama: SaveLlama) -> None:
+    folder = save_llama(shard="4KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    assert refusal(folder) == f"{index} is damaged: {name!r} is no file of this folder"
+
+
 def change_config(folder: Path, **fields: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
@@ -136,11 +144,30 @@ def test_an_unknown_architecture(save_llama: SaveLlama) -> None:
     assert "`steam`" in refusal(folder)
 
 
-def test_code_that_comes_with_a_model_is_never_run(save_llama: SaveLlama) -> None:
-    folder = save_llama()
+def add_code(folder: Path, **fields: Any) -> None:
+    """Let a configuration name code that comes with the model."""
     (folder / "evil.py").write_text("raise SystemExit('was run')")
-    change_config(folder, model_type="steam", auto_map={"AutoConfig": "evil.Config"})
-    assert str(folder) in refusal(folder)
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    change_config(folder, auto_map=names, **fields)
+
+
+def test_a_model_that_needs_the_code_it_comes_with_is_refused(save_llama: SaveLlama) -> None:
+    folder = save_llama()
+    add_code(folder, model_type="steam")
+    message = refusal(folder)
+    assert message.startswith(f"{folder}/config.json names code that comes with the model")
+    assert "never run" in message
+
+
+def test_code_that_comes_with_a_known_architecture_is_never_run(save_llama: SaveLlama) -> None:
+    folder = save_llama()
+    add_code(folder)
+    assert type(load(folder)).__module__.startswith("transformers.")
+
+
+def test_nobody_can_ask_for_code_that_comes_with_a_model() -> None:
+    with pytest.raises(TypeError, match="trust_remote_code"):
+        ModelConfig(trust_remote_code=True)  # type: ignore[call-arg]
 
 
 def test_broken_json(save_llama: SaveLlama) -> None:
