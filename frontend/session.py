@@ -245,6 +245,8 @@ class Session:
     def _become_ready(self) -> None:
         """A core serves: watch over it, and clean up behind an engine that is only dropped."""
         assert self._connection is not None
+        if self._supervisor is not None:
+            self._supervisor.stand_by()
         is_waited_for = weakref.WeakMethod(self._is_waited_for)
         self._watch = CoreWatch(
             self._connection,

@@ -5,6 +5,7 @@ chose the address.
 """
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -18,9 +19,12 @@ import msgspec
 from footplate.frontend.core_process import CoreProcess
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.restart_budget import RestartBudget
+from footplate.frontend.shared_memory import SharedMemory
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import EngineDeadError, EngineStartError
 from footplate.protocol.links import make_private_dir
+
+logger = logging.getLogger(__name__)
 
 # How a process ends that others have ended: by hand, or by a system that ran out of memory.
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -38,8 +42,8 @@ class _Listener:
 
 
 class Supervisor:
-    """Owns the core's process, its private folder, and how often it may still be replaced. Use
-    from one event loop.
+    """Owns the core's process, a spare one if there is to be one, what they share, their private
+    folder, and how often the core may still be replaced. Use from one event loop.
 
     Args:
         address: where the core listens; None makes a private folder for its socket.
@@ -54,6 +58,9 @@ class Supervisor:
         self._budget = RestartBudget(args.max_restarts, args.restart_window_s)
         self._process: CoreProcess | None = None
         self._listener = _Listener()
+        self._shared = SharedMemory() if args.standby else None
+        self._spare: CoreProcess | None = None
+        self._spare_listener = _Listener()
         self._killed_for: str | None = None
         self._folder: weakref.finalize[..., Supervisor] | None = None
 
@@ -87,7 +94,24 @@ class Supervisor:
         assert self._config is not None
         self._killed_for = None
         config = msgspec.structs.replace(self._config, has_crashed=has_crashed)
-        self._process = CoreProcess(config, self._listener)
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            # First: from now on its end is a core's.
+            self._spare_listener.tell = self._listener
+            if spare.exit_status is None:
+                spare.promote(config)
+                self._process = spare
+                return
+        self._process = CoreProcess(config, self._listener, shared=self._shared)
+
+    def stand_by(self) -> None:
+        """The core serves: time to make a spare one ready, if there is to be one."""
+        if self._args.standby and (self._spare is None or self._spare.exit_status is not None):
+            assert self._config is not None
+            self._spare_listener = _Listener()
+            self._spare_listener.tell = _log_end_of_spare
+            config = msgspec.structs.replace(self._config, is_standby=True)
+            self._spare = CoreProcess(config, self._spare_listener, shared=self._shared)
 
     async def restart(self, cause: str, *, had_served: bool, has_failed: bool) -> None:
         """Replace a core that has ended, or is of no use any more.
@@ -145,11 +169,16 @@ class Supervisor:
 
     def stop(self) -> None:
         """End the core at once. May be called more than once."""
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
+        for process in (self._process, self._spare):
+            if process is not None:
+                process.stop()
+        self._process = self._spare = None
         if self._folder is not None:
             self._folder()
+
+
+def _log_end_of_spare(error: EngineStartError) -> None:
+    logger.warning("the spare engine core has ended: %s", error)
 
 
 def _remove(folder: Path, owner: int) -> None:
