@@ -74,7 +74,7 @@ def run_core(config: CoreConfig, death_line: int) -> None:
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
                 ) from None
-        outbox = Outbox()
+        outbox = Outbox(config.max_unread_bytes)
         try:
             core = _start(config, inbox)
             run_busy_loop(core, inbox, outbox, pulse)

@@ -11,9 +11,6 @@ from footplate.backend.inbox import close_monitored
 
 logger = logging.getLogger(__name__)
 
-# What one client may leave unread in this process, beyond its socket's high-water mark.
-MAX_BACKLOG_BYTES = 64 * 2**20
-
 
 @dataclass(slots=True)
 class _Lane:
@@ -24,9 +21,14 @@ class _Lane:
 
 class Outbox:
     """Owns the PUSH sockets of the clients that have joined. Never blocks: a client that stops
-    reading costs its budget, then it is told nothing more and `send` says so."""
+    reading costs its budget, then it is told nothing more and `send` says so.
 
-    def __init__(self) -> None:
+    Args:
+        max_unread_bytes: what one client may leave unread, beyond its socket's high-water mark.
+    """
+
+    def __init__(self, max_unread_bytes: int) -> None:
+        self._max_unread_bytes = max_unread_bytes
         self._lanes: dict[ClientId, _Lane] = {}
 
     @property
@@ -51,7 +53,7 @@ class Outbox:
             return True  # it left; there is nobody to tell, and nothing went wrong
         if not lane.backlog and _push(lane, frame):
             return True
-        if lane.backlog_bytes + len(frame) > MAX_BACKLOG_BYTES:
+        if lane.backlog_bytes + len(frame) > self._max_unread_bytes:
             logger.warning("a client left %d bytes unread: dropped", lane.backlog_bytes)
             return False
         lane.backlog.append(frame)

@@ -112,6 +112,7 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         log_level: a name known to `logging`.
         weights_version: names the weights in outputs.
         has_crashed: whether the core before this one, at this address, ended by itself.
+        max_unread_bytes: how much one client may leave unread before it is dismissed.
     """
 
     address: str
@@ -123,3 +124,4 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "WARNING"
     weights_version: str = ""
     has_crashed: bool = False
+    max_unread_bytes: int = 64 * 2**20
