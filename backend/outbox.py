@@ -1,6 +1,7 @@
 """The engine core's voice: one PUSH per client, and a byte budget for those who do not listen."""
 
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from footplate.backend.engine_core import ClientId
 from footplate.backend.inbox import close_monitored
 
 logger = logging.getLogger(__name__)
+
+LAST_WORDS_S = 0.1
 
 
 @dataclass(slots=True)
@@ -67,9 +70,16 @@ class Outbox:
                 lane.backlog_bytes -= len(lane.backlog.popleft())
 
     def broadcast(self, frame: bytes) -> None:
-        """Tell everyone, as far as their sockets take it: last words wait for nobody."""
+        """Tell everyone the last words, behind all that is to be said before; those who read get
+        them. Nobody is waited for any longer than `LAST_WORDS_S`."""
         for lane in self._lanes.values():
-            _push(lane, frame)
+            lane.backlog.append(frame)
+            lane.backlog_bytes += len(frame)
+        deadline = time.monotonic() + LAST_WORDS_S
+        self.flush()
+        while self.has_backlog and time.monotonic() < deadline:
+            time.sleep(LAST_WORDS_S / 50)
+            self.flush()
 
     def close(self) -> None:
         """Close all sockets; what they hold is still delivered within their linger time. Nobody

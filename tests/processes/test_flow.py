@@ -257,8 +257,8 @@ def test_a_core_that_is_told_to_end_tells_its_clients_that_no_other_will_come(
     core = start_core()
     with session_client(core.address) as busy, session_client(core.address, b"") as idle:
         told, idle_told = Told(busy), Told(idle)
-        busy.say(AddRequest(1, PROMPT, GREEDY))
-        told.until(lambda: told.tokens)
+        busy.say(AddRequest(1, PROMPT, GREEDY), ParkRequests([1]))
+        assert in_time(lambda: stats_of(idle).num_parked == 1)
         os.kill(core.process.process_id, signal.SIGTERM)
         for each in (told, idle_told):
             while not each.others:
