@@ -38,6 +38,7 @@ from footplate.protocol.messages import (
     GetStats,
     Goodbye,
     Hello,
+    Message,
     ModelFacts,
     Ping,
     Progress,
@@ -154,6 +155,12 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
     """Drive `core` for ever. Sleeps only when there is nothing to do: between two steps a
     blocking receive would add its wake-up latency to every token."""
     encoder = Encoder()
+
+    def tell(client: bytes, message: Message) -> None:
+        if not outbox.send(client, encoder.encode(message)):
+            core.leave(client, may_return=True)
+            inbox.dismiss(client, "the client left too much of its output unread")
+
     while True:
         for client, event in inbox.take(_patience(core, outbox)):
             match event:
@@ -170,19 +177,17 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
                 case GetStats(call=call):
                     # Only here the core's books and the inbox's come together.
                     stats = core.stats(inbox.num_bad_messages)
-                    outbox.send(client, encoder.encode(ControlReply(call, True, stats=stats)))
+                    tell(client, ControlReply(call, True, stats=stats))
                 case _:
                     if answer := core.handle(client, event):
-                        outbox.send(client, encoder.encode(answer))
+                        tell(client, answer)
         pulse.begin()
         core.step()
         pulse.end()
         for client, reply in core.take_replies():
-            outbox.send(client, encoder.encode(reply))
+            tell(client, reply)
         for client, outputs in core.take_outputs():
-            if not outbox.send(client, encoder.encode(outputs)):
-                core.leave(client, may_return=True)
-                inbox.dismiss(client, "the client left too much of its output unread")
+            tell(client, outputs)
         if outbox.has_backlog:
             outbox.flush()
 
