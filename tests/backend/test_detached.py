@@ -167,6 +167,30 @@ def test_a_goodbye_ends_everything(driver: SessionDriver) -> None:
     driver.check_empty()
 
 
+def test_a_goodbye_ends_what_the_session_had_not_attached_to(driver: SessionDriver) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    driver.step()
+    driver.reconnect()
+    driver.step()
+    driver.core.leave(NEW)
+    driver.run()
+    assert driver.core.stats().num_detached == 0
+    driver.check_empty()
+
+
+def test_what_its_client_has_aborted_is_not_kept(driver: SessionDriver) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    driver.step()
+    driver.abort(OLD, 1)
+    driver.attach(OLD, 2, "a")
+    driver.run()
+    assert driver.ends(OLD, 1) == [Finished(1, ABORT)]
+    driver.assert_lost(OLD, 2)
+    driver.add(OLD, 3, [1], request_id="a")
+    driver.run()
+    assert driver.ends(OLD, 3) == [Finished(3, LENGTH)]
+
+
 def test_handles_of_two_connections_may_be_the_same(driver: SessionDriver) -> None:
     driver.add(OLD, 1, [1], request_id="a", max_tokens=9)
     driver.step()
