@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from footplate.protocol.bounds import MAX_REQUEST_ID_CHARS
 from footplate.protocol.links import new_client_id
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
@@ -177,7 +178,9 @@ def test_a_request_with_an_id_outlives_its_connection(start_core: StartCore, num
         with session_client(core.address) as client:
             told = Told(client)
             client.say(AttachRequest(3, "mine"), AttachRequest(4, "unknown"))
-            told.until(lambda: told.ends.keys() == {3, 4})
+            client.say(AttachRequest(5, "x" * (MAX_REQUEST_ID_CHARS + 1)))  # cannot be decoded
+            told.until(lambda: told.ends.keys() == {3, 4, 5})
+            assert told.ends[5].kind is ErrorKind.INVALID
             [attached] = told.others
             assert isinstance(attached, Attached)
             assert (attached.handle, attached.request.handle) == (3, 7)
