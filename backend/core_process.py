@@ -76,13 +76,16 @@ def run_core(config: CoreConfig, death_line: int) -> None:
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
                 ) from None
         outbox = Outbox(config.max_unread_bytes)
+        core: EngineCore | None = None
         try:
             core = _start(config, inbox)
             run_busy_loop(core, inbox, outbox, pulse)
         except Terminated:
             reason = "the engine was told to end"
             inbox.announce(Refused("start", reason))
-            outbox.broadcast(Encoder().encode(EngineStopping(reason)))
+            if core is not None and core.is_draining:
+                # It was emptied first, so nobody is going to start another in its place.
+                outbox.broadcast(Encoder().encode(EngineStopping(reason)))
             raise
         except Exception as error:
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.

@@ -254,7 +254,7 @@ def test_a_sleeping_core_wakes_at_the_end_of_its_drain(start_core: StartCore) ->
         check_empty(witness, num_blocks(witness))
 
 
-def test_a_core_that_is_told_to_end_tells_its_clients_that_no_other_will_come(
+def test_a_core_that_ends_behind_a_drain_tells_its_clients_that_no_other_will_come(
     start_core: StartCore,
 ) -> None:
     core = start_core()
@@ -262,6 +262,8 @@ def test_a_core_that_is_told_to_end_tells_its_clients_that_no_other_will_come(
         told, idle_told = Told(busy), Told(idle)
         busy.say(AddRequest(1, PROMPT, GREEDY), ParkRequests([1]))
         assert in_time(lambda: stats_of(idle).num_parked == 1)
+        idle.say(Drain(1, 3600.0))
+        assert stats_of(idle).num_parked == 1, "the drain has been heard"
         os.kill(core.process.process_id, signal.SIGTERM)
         for each in (told, idle_told):
             while not each.others:
