@@ -88,7 +88,7 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
                 ) from None
-        outbox = Outbox()
+        outbox = Outbox(config.max_unread_bytes)
         recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
         core: EngineCore | None = None
         try:

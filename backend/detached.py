@@ -91,7 +91,7 @@ class Leases:
         self._live: dict[tuple[bytes, int], Lease] = {}  # by client and handle
         # When each expires, the next one first: all are kept equally long.
         self._due: OrderedDict[tuple[bytes, str], float] = OrderedDict()
-        self._overdrawn: list[Request] = []
+        self._orphans: list[Request] = []
         self._gone: list[bytes] = []
 
     def __bool__(self) -> bool:
@@ -188,14 +188,21 @@ class Leases:
         self._count(lease)
         self._keep_within_bounds(lease.session)
 
+    def abandon(self, request: Request) -> None:
+        """Its client wants no more of it, if it is one of these."""
+        if lease := self._live.get((request.client, request.handle)):
+            self.drop(lease)
+
     def drop(self, lease: Lease) -> None:
-        """Forget one; if its request goes on, it is like any other from now on."""
+        """Forget one. If its request goes on, it is like any other from now on, or an orphan."""
         known = self._sessions[lease.session]
         del known.leases[lease.request_id]
         known.num_bytes -= lease.num_counted_bytes
         self._due.pop((lease.session, lease.request_id), None)
         if lease.request is not None:
             del self._live[lease.request.client, lease.request.handle]
+            if lease.request.client == DETACHED:
+                self._orphans.append(lease.request)
         self._forget_if_gone(lease.session)
 
     def on_start(self, client: bytes, started: Started) -> None:
@@ -236,27 +243,18 @@ class Leases:
         """When the next one expires, on the core's clock."""
         return next(iter(self._due.values()), None)
 
-    def take_overdue(self, now: float) -> list[Request]:
-        """Forget what has been kept for long enough.
-
-        Returns:
-            Requests that go on for nobody, to be ended.
-        """
-        orphans = []
+    def expire(self, now: float) -> None:
+        """Forget what has been kept for long enough."""
         while self._due:
             (session, request_id), due = next(iter(self._due.items()))
             if due > now:
-                break
-            lease = self._sessions[session].leases[request_id]
-            if lease.request is not None:
-                orphans.append(lease.request)
-            self.drop(lease)
-        return orphans
+                return
+            self.drop(self._sessions[session].leases[request_id])
 
-    def take_overdrawn(self) -> list[Request]:
-        """Requests that went on for nobody and are kept no longer, to be ended if they have not."""
-        overdrawn, self._overdrawn = self._overdrawn, []
-        return overdrawn
+    def take_orphans(self) -> list[Request]:
+        """Requests that had no client and are kept no longer, to be ended if they have not."""
+        orphans, self._orphans = self._orphans, []
+        return orphans
 
     def _renew(self, lease: Lease) -> None:
         key = (lease.session, lease.request_id)
@@ -275,15 +273,13 @@ class Leases:
             kept = [lease for lease in known.leases.values() if lease.num_counted_bytes]
             # The first that has ended, or the first at all.
             victim = next((lease for lease in kept if lease.request is None), kept[0])
-            if victim.request is not None:
-                self._overdrawn.append(victim.request)
             self.drop(victim)
 
     def check_ledger(self, live: Iterable[Request]) -> None:
         """Assert what must hold between two calls, given all requests that go on. For tests."""
         for request in live:
             is_kept = (request.client, request.handle) in self._live
-            assert is_kept or request.client != DETACHED or request in self._overdrawn
+            assert is_kept or request.client != DETACHED or request in self._orphans
         leases = [lease for s in self._sessions.values() for lease in s.leases.values()]
         going_on = {(r.client, r.handle): r for r in live}
         for place, lease in self._live.items():

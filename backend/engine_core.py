@@ -186,9 +186,9 @@ class EngineCore:
         if session and may_return:
             for lease in self._leases.leave(session):
                 self._detach(lease, live)
-            self._end_overdrawn()
         elif session:
             self._leases.end(session)
+        self._end_orphans()
         self._scheduler.finish_all(live.values(), FinishReason.ABORT)
         if not session:
             self._scheduler.forget(client)
@@ -205,8 +205,8 @@ class EngineCore:
         self._leases.move(lease, DETACHED, request.key)
         self._scheduler.resume([request])  # what nobody reads is kept now
 
-    def _end_overdrawn(self) -> None:
-        for request in self._leases.take_overdrawn():
+    def _end_orphans(self) -> None:
+        for request in self._leases.take_orphans():
             if request.state is not State.FINISHED:
                 self._finish(request, FinishReason.ABORT)
 
@@ -228,7 +228,11 @@ class EngineCore:
             case AttachRequest():
                 self._attach(client, requests, message)
             case AbortRequests(handles=handles):
-                self._finish_all(_live_among(handles, requests), FinishReason.ABORT)
+                aborted = _live_among(handles, requests)
+                if self._leases:
+                    for request in aborted:
+                        self._leases.abandon(request)
+                self._finish_all(aborted, FinishReason.ABORT)
             case ParkRequests(handles=handles):
                 self._scheduler.park(_live_among(handles, requests))
             case ResumeRequests(handles=handles):
@@ -295,8 +299,7 @@ class EngineCore:
         if request is not None and not (is_replay and request.client == DETACHED):
             raise RefusalError(f"request_id {request_id!r} is in use by a request that goes on")
         self._leases.drop(lease)
-        if request is not None:
-            self._finish(request, FinishReason.ABORT)
+        self._end_orphans()
 
     def _attach(self, client: ClientId, live: dict[int, Request], message: AttachRequest) -> None:
         handle = message.handle
@@ -365,8 +368,8 @@ class EngineCore:
         """End what has run out of time: its own, its lease's, or the engine's."""
         for request in self._deadlines.take_overdue(now):
             self._finish(request, FinishReason.DEADLINE)
-        for request in self._leases.take_overdue(now):
-            self._finish(request, FinishReason.ABORT)
+        self._leases.expire(now)
+        self._end_orphans()
         self._forget_sessions()
         if self._draining.deadline <= now:
             left = [request for live in self._requests.values() for request in live.values()]
@@ -497,7 +500,7 @@ class EngineCore:
             for client, output in outputs:
                 if client == DETACHED:
                     self._leases.count_tokens(output.handles)
-            self._end_overdrawn()
+            self._end_orphans()
             outputs = [(client, output) for client, output in outputs if client != DETACHED]
         return outputs
 

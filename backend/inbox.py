@@ -56,7 +56,7 @@ from footplate.protocol.messages import (
 logger = logging.getLogger(__name__)
 
 RECEIVE_HIGH_WATER_MARK = 10_000  # messages per client
-SEND_HIGH_WATER_MARK = 1_000  # steps per client; beyond it the outbox keeps a byte budget
+SEND_HIGH_WATER_MARK = 16  # messages per client, of some 4 MiB at most (see `delivery`)
 MAX_BATCH = 256  # messages handed over at once
 MAX_BATCHES = 64  # handed over and not yet taken; then clients feel back pressure
 

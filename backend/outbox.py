@@ -1,6 +1,7 @@
 """The engine core's voice: one PUSH per client, and a byte budget for those who do not listen."""
 
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -11,8 +12,7 @@ from footplate.backend.inbox import close_monitored
 
 logger = logging.getLogger(__name__)
 
-# What one client may leave unread in this process, beyond its socket's high-water mark.
-MAX_BACKLOG_BYTES = 64 * 2**20
+LAST_WORDS_S = 0.1
 
 
 @dataclass(slots=True)
@@ -25,9 +25,14 @@ class _Lane:
 
 class Outbox:
     """Owns the PUSH sockets of the clients that have joined. Never blocks: a client that stops
-    reading costs its budget, then it is told nothing more and `send` says so."""
+    reading costs its budget, then it is told nothing more and `send` says so.
 
-    def __init__(self) -> None:
+    Args:
+        max_unread_bytes: what one client may leave unread, beyond its socket's high-water mark.
+    """
+
+    def __init__(self, max_unread_bytes: int) -> None:
+        self._max_unread_bytes = max_unread_bytes
         self._lanes: dict[ClientId, _Lane] = {}
 
     @property
@@ -61,7 +66,7 @@ class Outbox:
             return True  # it left; there is nobody to tell, and nothing went wrong
         if not lane.backlog and _push(lane, frame):
             return True
-        if lane.backlog_bytes + len(frame) > MAX_BACKLOG_BYTES:
+        if lane.backlog_bytes + len(frame) > self._max_unread_bytes:
             logger.warning("a client left %d bytes unread: dropped", lane.backlog_bytes)
             return False
         lane.backlog.append(frame)
@@ -75,9 +80,17 @@ class Outbox:
                 lane.backlog_bytes -= len(lane.backlog.popleft())
 
     def broadcast(self, frame: bytes, frame_for_outsiders: bytes) -> None:
-        """Tell everyone, as far as their sockets take it: last words wait for nobody."""
+        """Tell everyone the last words, behind all that is to be said before; those who read get
+        them. Nobody is waited for any longer than `LAST_WORDS_S`."""
         for lane in self._lanes.values():
-            _push(lane, frame if lane.is_insider else frame_for_outsiders)
+            words = frame if lane.is_insider else frame_for_outsiders
+            lane.backlog.append(words)
+            lane.backlog_bytes += len(words)
+        deadline = time.monotonic() + LAST_WORDS_S
+        self.flush()
+        while self.has_backlog and time.monotonic() < deadline:
+            time.sleep(LAST_WORDS_S / 50)
+            self.flush()
 
     def close(self) -> None:
         """Close all sockets; what they hold is still delivered within their linger time. Nobody

@@ -86,6 +86,10 @@ class EngineArgs:
     gives its blocks to others, and goes on when its stream is read again. No limit on None.
     Streams of which only the end is wanted are not parked."""
 
+    max_unread_bytes: int = 64 * 2**20
+    """Most bytes that wait in the engine core for a client that does not read; beyond that it is
+    dismissed, and its requests are aborted."""
+
     max_logprobs: int = 20
     """Most `logprobs` and `prompt_logprobs` per token; -1 allows the whole vocabulary."""
 
@@ -258,6 +262,7 @@ class EngineArgs:
             security=SecurityConfig(
                 key_dir=self.key_dir, insecure_tcp=self.insecure_tcp, owner_key=owner_key
             ),
+            max_unread_bytes=self.max_unread_bytes,
         )
 
 
@@ -270,7 +275,13 @@ _POSITIVE_OR_NONE = (
     "max_num_queued_tokens",
     "max_unread_tokens",
 )
-_POSITIVE = ("block_size", "max_num_seqs", "max_num_batched_tokens", "stream_interval")
+_POSITIVE = (
+    "block_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_unread_bytes",
+    "stream_interval",
+)
 _SECONDS = ("start_timeout_s", "restart_window_s", "stall_timeout_s", "hang_timeout_s")
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),

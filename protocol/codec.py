@@ -1,5 +1,6 @@
 """Messages to frames and back. One encoder and decoder per thread: they are not shared."""
 
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import msgspec
@@ -25,7 +26,15 @@ class _AddressOfRequest(msgspec.Struct, tag="add", array_like=True, frozen=True)
     handle: int
 
 
-_decode_address = msgspec.msgpack.Decoder(_AddressOfRequest).decode
+class _AddressOfAttach(msgspec.Struct, tag="attach", array_like=True, frozen=True):
+    """Likewise of `AttachRequest`."""
+
+    handle: int
+
+
+_decode_address: Callable[[bytes | memoryview], _AddressOfRequest | _AddressOfAttach] = (
+    msgspec.msgpack.Decoder(_AddressOfRequest | _AddressOfAttach).decode
+)
 
 
 class Encoder:
@@ -78,8 +87,8 @@ class Decoder(Generic[M]):
 
 
 def handle_of(frame: bytes | memoryview) -> int | None:
-    """Which request a frame that is no message would have added, if it says so much: somebody may
-    wait for its end."""
+    """Which request a frame that is no message would have added or attached to, if it says so much:
+    somebody may wait for its end."""
     try:
         return _decode_address(frame).handle
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -134,6 +134,7 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
             a second configuration, in which this is False.
         weights_file: an inherited file descriptor, of memory for packed weights that the cores of
             one engine share; None where there is none.
+        max_unread_bytes: how much one client may leave unread before it is dismissed.
     """
 
     address: str
@@ -148,3 +149,4 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     security: SecurityConfig = SecurityConfig()
     is_standby: bool = False
     weights_file: int | None = None
+    max_unread_bytes: int = 64 * 2**20

@@ -406,7 +406,7 @@ class Attached(Message, tag="attached", frozen=True):
 
     Attributes:
         handle: the new one.
-        request: as it was added, under its old handle.
+        request: as it was added, under its old handle, and as old as it is now.
     """
 
     handle: int

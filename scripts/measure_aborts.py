@@ -87,7 +87,7 @@ def main(
         aborting.append(1e3 * (aborted - since))
         telling.append(1e3 * (told - aborted))
     for what, times in (("abort", sorted(aborting)), ("tell", sorted(telling))):
-        print(f"{what}: best {times[0]:.1f} ms, median {times[len(times) // 2]:.1f} ms")
+        print(f"{what}: best {times[0]:.2f} ms, median {times[len(times) // 2]:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,30 @@ def test_a_goodbye_ends_everything(driver: SessionDriver) -> None:
     driver.check_empty()
 
 
+def test_a_goodbye_ends_what_the_session_had_not_attached_to(driver: SessionDriver) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    driver.step()
+    driver.reconnect()
+    driver.step()
+    driver.core.leave(NEW)
+    driver.run()
+    assert driver.core.stats().num_detached == 0
+    driver.check_empty()
+
+
+def test_what_its_client_has_aborted_is_not_kept(driver: SessionDriver) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    driver.step()
+    driver.abort(OLD, 1)
+    driver.attach(OLD, 2, "a")
+    driver.run()
+    assert driver.ends(OLD, 1) == [Finished(1, ABORT)]
+    driver.assert_lost(OLD, 2)
+    driver.add(OLD, 3, [1], request_id="a")
+    driver.run()
+    assert driver.ends(OLD, 3) == [Finished(3, LENGTH)]
+
+
 def test_handles_of_two_connections_may_be_the_same(driver: SessionDriver) -> None:
     driver.add(OLD, 1, [1], request_id="a", max_tokens=9)
     driver.step()
@@ -483,7 +507,7 @@ def test_one_session_does_not_cost_another_what_it_keeps(tmp_path: Path) -> None
 def test_nothing_is_left_of_sessions_that_are_over(driver: SessionDriver) -> None:
     for number in range(20):
         client = b"%d" % number
-        driver.core.join(client, client)
+        driver.core.join(client, b"session %d" % number)
         driver.add(client, 1, [1], request_id="a", max_tokens=3 + number % 30)
         driver.step()
         driver.lose(client)
@@ -506,13 +530,12 @@ def test_a_session_has_one_share_whatever_its_connections(tmp_path: Path) -> Non
     driver = SessionDriver(tmp_path, max_num_seqs=1)
     driver.core.join(b"other")
     driver.add(OLD, 1, [1], request_id="a", max_tokens=38)
-    driver.add(OLD, 2, [1], request_id="b", max_tokens=38)
     driver.add(b"other", 1, [2], max_tokens=20)
     driver.add(b"other", 2, [2], max_tokens=20)
     driver.step()
     driver.reconnect()
     driver.attach(NEW, 1, "a")
-    driver.attach(NEW, 2, "b")
+    driver.add(NEW, 2, [1])
     driver.run()
     order = [(c, end.handle) for c, out in driver.outputs for end in out.finished]
     assert order == [(NEW, 1), (b"other", 1), (b"other", 2), (NEW, 2)], (

@@ -426,6 +426,16 @@ def test_more_than_may_be_queued_is_an_overflow_until_a_step_makes_room(tmp_path
     assert driver.ends(ALICE, 4) == [Finished(4, LENGTH)]
 
 
+def test_who_has_waited_in_another_core_is_let_in_beyond_the_limits(tmp_path: Path) -> None:
+    limits = RequestConfig(max_num_queued_reqs=1, max_num_queued_tokens=5)
+    driver = Driver(tmp_path, requests=limits)
+    for handle in range(3):
+        driver.add(ALICE, handle, [1] * 5, is_replay=True)
+    driver.add(ALICE, 3, [1])
+    driver.run()
+    assert [driver.ends(ALICE, handle)[0].reason for handle in range(4)] == [LENGTH] * 3 + [ERROR]
+
+
 # ---- what a runner tells
 
 

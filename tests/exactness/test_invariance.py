@@ -1,6 +1,6 @@
 """Same request, same answer: on our CPU kernels the logits of a request, and so its tokens, are
 equal bit for bit whatever else is in the batch, however its prompt is cut into chunks, with a
-cold or a warm prefix cache, preempted or not."""
+cold or a warm prefix cache, preempted and parked or not."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from footplate.backend.engine_core import EngineCore
 from footplate.backend.request import Request
 from footplate.backend.step import ModelRunner, RunnerFacts, StepPlan, StepResult
 from footplate.protocol.config import CacheConfig, SchedulerConfig
-from footplate.protocol.messages import AddRequest
+from footplate.protocol.messages import AddRequest, ParkRequests, ResumeRequests
 from footplate.protocol.token_params import TokenParams
 
 from .architectures import PAGED, VOCAB_SIZE, make_model
@@ -100,8 +100,13 @@ def tokens_of_target(
     rng: random.Random,
     *,
     rounds: int = 1,
+    parking: bool = False,
 ) -> list[list[int]]:
-    """Run the target among neighbours, `rounds` times over one prefix cache."""
+    """Run the target among neighbours, `rounds` times over one prefix cache.
+
+    Args:
+        parking: park requests between steps, and let them go on, at random.
+    """
     width = 1 + len(neighbours)
     scheduler = SchedulerConfig(
         max_num_seqs=width, max_num_batched_tokens=width + rng.choice([0, 3, 40, 500])
@@ -116,7 +121,10 @@ def tokens_of_target(
         for request in requests[: len(requests) - len(waiting)]:
             core.handle(CLIENT, request)
         tokens: list[int] = []
-        while core.has_work or waiting:
+        while core.has_work or waiting or core.stats().num_parked:
+            if parking:
+                core.handle(CLIENT, ResumeRequests([h for h in range(width) if rng.random() < 0.5]))
+                core.handle(CLIENT, ParkRequests([h for h in range(width) if rng.random() < 0.1]))
             if waiting and rng.random() < 0.5:
                 core.handle(CLIENT, waiting.pop())
             core.step()
@@ -176,7 +184,8 @@ def test_every_architecture_can_be_quantised(
 
 
 def check(subject: Subject, rng: random.Random) -> None:
-    """A random request, alone and in company, over a cold and a warm cache, preempted."""
+    """A random request, alone and in company, over a cold and a warm cache, preempted and
+    parked."""
     subject.sampler.rows.clear()
     target = AddRequest(TARGET, random_prompt(rng), random_params(rng))
     neighbours = [
@@ -190,7 +199,7 @@ def check(subject: Subject, rng: random.Random) -> None:
     assert cold == warm == alone
     crowded = Observed(subject.case, num_blocks=12)
     preempted = PreemptionCounter(crowded)
-    assert tokens_of_target(preempted, target, neighbours[:8], rng) == [alone]
+    assert tokens_of_target(preempted, target, neighbours[:8], rng, parking=True) == [alone]
     assert len(subject.sampler.rows) == NUM_NEW_TOKENS
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from footplate.backend import core_process, inbox, outbox
+from footplate.backend import core_process, inbox
 from footplate.backend.__main__ import main
 from footplate.backend.logits.processor import LogitsProcessor
 from footplate.backend.runner.fake import FakeModelRunner
@@ -85,9 +85,8 @@ def obey(mode: str, gate: str) -> None:
         return lambda cache, scheduler, on_progress: runner
 
     core_process.prepare_runner = prepare  # type: ignore[attr-defined]
-    if mode == "small budget":
+    if mode == "one message at a time":
         inbox.SEND_HIGH_WATER_MARK = 1
-        outbox.MAX_BACKLOG_BYTES = 10_000
 
 
 if __name__ == "__main__":

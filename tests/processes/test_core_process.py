@@ -454,7 +454,7 @@ async def test_a_client_that_leaves_while_the_model_computes_silences_nobody(
 def test_a_client_that_does_not_read_is_dismissed_and_disturbs_nobody(
     start_core: StartCore,
 ) -> None:
-    core = start_core("small budget")
+    core = start_core("one message at a time", max_unread_bytes=10_000)
     with raw_client(core.address) as deaf, raw_client(core.address) as other:
         deaf.join()
         welcome = other.join()
