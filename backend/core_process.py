@@ -75,13 +75,14 @@ def run_core(config: CoreConfig, death_line: int) -> None:
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
                 ) from None
+            recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
         outbox = Outbox()
-        recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
         try:
             core = _start(config, inbox, recorder)
             run_busy_loop(core, inbox, outbox, pulse, recorder)
         except Exception as error:
-            files.keep_steps()
+            if not recorder.is_clear:
+                files.keep_steps()
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
             inbox.announce(Refused("start", root_cause(error)))
             outbox.broadcast(Encoder().encode(EngineFailed(root_cause(error))))

@@ -280,6 +280,18 @@ def test_a_lost_device_is_not_blamed_on_a_request(error: Exception) -> None:
     assert runner.num_calls == 1
 
 
+def test_a_device_that_is_lost_while_a_culprit_is_looked_for_ends_the_search() -> None:
+    def fail(plan: StepPlan) -> None:
+        if len(plan.requests) == 2:
+            raise AcceleratorError("CUDA error: device-side assert triggered")
+        raise ValueError("marked")
+
+    runner = Counting(fail)
+    with pytest.raises(AcceleratorError):
+        StepGuard(runner).execute(plan_of(8))
+    assert runner.num_calls == 3
+
+
 @pytest.mark.parametrize("error", [Terminated(143), SystemExit(1), KeyboardInterrupt()])
 def test_the_end_of_the_process_is_nobodys_fault(error: BaseException) -> None:
     def fail(plan: StepPlan) -> None:

@@ -488,7 +488,7 @@ async def test_a_client_may_leave_and_come_back(start_core: StartCore) -> None:
             await engine.start()
             assert len(await complete(engine)) == 5
             engine.shutdown()
-        assert in_time(lambda: len(files_in(core.folder)) == 3), "socket, lock, who stays"
+        assert in_time(lambda: len(files_in(core.folder)) == 4), "socket, lock, steps, who stays"
         await anext(stream)
         stream.close()
 
