@@ -514,7 +514,8 @@ def test_whatever_fails_others_get_the_tokens_of_a_clean_run(seed: int) -> None:
         handle: [handle % 3, *dice.choices(range(50), k=dice.randint(0, 30))]
         for handle in range(dice.randint(1, 20))
     }
-    marked = {handle for handle in prompts if dice.random() < 0.1}
+    # One: two that are alone together are a broken runner.
+    marked = set(dice.sample(sorted(prompts), dice.randint(0, 1)))
     bench = Bench(
         ScriptedRunner(check),
         max_num_seqs=(max_num_seqs := dice.randint(1, 8)),
