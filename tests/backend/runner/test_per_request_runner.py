@@ -213,7 +213,8 @@ def test_a_cache_is_taken_back_to_the_last_bit_when_a_forward_raises(window: int
         sliding_window=window,
         **options,
     )
-    network: Any = MistralForCausalLM(config).eval()
+    network: Any = MistralForCausalLM(config)
+    network.eval()
     broken = network.model.layers[1] = Interrupted(network.model.layers[1])
     model = CachedModel(network)
 

@@ -405,7 +405,7 @@ def test_a_row_that_is_no_distribution_is_an_error_and_spoils_no_other(
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.9}])
 @pytest.mark.parametrize("vocab_size", [5, 67, 300])
 def test_one_bad_logit_is_found_wherever_it_stands(
-    vocab_size: int, params: dict[str, float], bad: float
+    vocab_size: int, params: dict[str, Any], bad: float
 ) -> None:
     rows = torch.randn(vocab_size, vocab_size).fill_diagonal_(bad)
     result = step(rows.tolist(), [request(**params) for _ in range(vocab_size)])
