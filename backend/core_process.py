@@ -88,8 +88,8 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
                 ) from None
+            recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
         outbox = Outbox(config.max_unread_bytes)
-        recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
         core: EngineCore | None = None
         try:
             core = _start(config, inbox, recorder, loaded)
@@ -103,7 +103,8 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
                 outbox.broadcast(last_word, last_word)
             raise
         except Exception as error:
-            files.keep_steps()
+            if not recorder.is_clear:
+                files.keep_steps()
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
             cause, encode = root_cause(error), Encoder().encode
             inbox.announce(Refused("start", cause))

@@ -38,9 +38,11 @@ def digest_session(session: bytes) -> bytes:
 
 
 class FlightRecorder:
-    """Owns the file, which is made with the first step and written when others take part than in
-    the step before. That is a copy into memory that the system keeps whatever becomes of this
-    process; nothing waits for a disk.
+    """Owns the file, which is written when others take part than in the step before. That is a copy
+    into memory that the system keeps whatever becomes of this process; nothing waits for a disk.
+
+    What another core has left there stays until the first step: should this one end before, the
+    next can still read it.
 
     Args:
         path: None records nothing.
@@ -48,17 +50,20 @@ class FlightRecorder:
     """
 
     def __init__(self, path: Path | None, max_entries: int) -> None:
-        self._path = path
-        self._size = _HEADER.size + max_entries * _ENTRY.size
-        self._memory: mmap.mmap | None = None
+        size = _HEADER.size + max_entries * _ENTRY.size
+        self._memory = None if path is None else _open(path, size)
         self._digests: dict[bytes, bytes] = {}  # of sessions, by client
         self._entries: dict[Request, bytes] = {}
         self._noted: list[Request] = []
+        self._is_written = False
 
     @property
     def is_clear(self) -> bool:
-        """Whether nobody is on record."""
-        return not self._noted
+        """Whether nobody is on record, of this core's steps or of the last one's before it."""
+        if self._memory is None:
+            return True
+        magic, _, count = _HEADER.unpack_from(self._memory)
+        return magic != MAGIC or not count
 
     def join(self, client: bytes, session: bytes) -> None:
         """A client whose requests are to be told to this session."""
@@ -74,27 +79,22 @@ class FlightRecorder:
     def renew(self) -> None:
         """Requests may have other clients or handles than before."""
         self._entries.clear()
+        self._noted = []
 
     def note(self, requests: list[Request]) -> None:
         """These take part in the step that begins now. The list must not be changed later."""
         if requests == self._noted:  # of the same objects: a fifth of a microsecond for 256
             return
         self._noted = requests
-        if self._path is not None:
-            self._write(requests)
-
-    def _write(self, requests: list[Request]) -> None:
-        entries = self._entries
+        if self._memory is None:
+            return
         try:
-            content = b"".join(map(entries.__getitem__, requests))
+            content = b"".join(map(self._entries.__getitem__, requests))
         except KeyError:
             content = self._encode_new(requests)
-        if self._memory is None:
-            self._memory = self._open()
-            if self._memory is None:
-                return
         header = _HEADER.pack(MAGIC, crc32(content), len(requests))
         self._memory[: len(header) + len(content)] = header + content
+        self._is_written = True
 
     def _encode_new(self, requests: list[Request]) -> bytes:
         known = self._entries
@@ -106,29 +106,27 @@ class FlightRecorder:
                 known[request] = _ENTRY.pack(digest, request.handle)
         return b"".join([known[request] for request in requests])
 
-    def _open(self) -> mmap.mmap | None:
-        assert self._path is not None
-        try:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                _check_file(file)
-                # Where there is no room for it, writing to the mapping would end this process.
-                os.posix_fallocate(file, 0, self._size)
-                return mmap.mmap(file, self._size)
-            finally:
-                os.close(file)
-        except (OSError, ValueError) as error:
-            logger.warning("steps are not recorded: %s", error)
-            self._path = None
-            return None
-
     def clear(self) -> None:
         """No step is running, and none is about to."""
-        if self._noted:
-            self._noted = []
-            self._entries.clear()
-            if self._memory is not None:
-                self._memory[: _HEADER.size] = _HEADER.pack(MAGIC, 0, 0)
+        if self._is_written and self._memory is not None:
+            self._memory[: _HEADER.size] = _HEADER.pack(MAGIC, 0, 0)
+            self._is_written = False
+            self.renew()
+
+
+def _open(path: Path, size: int) -> mmap.mmap | None:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            _check_file(file)
+            # Where there is no room for it, writing to the mapping would end this process.
+            os.posix_fallocate(file, 0, size)
+            return mmap.mmap(file, size)
+        finally:
+            os.close(file)
+    except (OSError, ValueError) as error:
+        logger.warning("steps are not recorded: %s", error)
+        return None
 
 
 class RecordedRunner:

@@ -395,7 +395,8 @@ class Inbox:
         if ipc_path(self._address):
             # A client that was killed could not remove its socket file.
             endpoint = output_endpoint(self._address, client)
-            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+            with suppress(OSError):  # it is gone, or something else is in its place
+                Path(endpoint.removeprefix("ipc://")).unlink()
         return [(client, Left(for_good))]
 
     def _on_monitor(self, monitor: zmq.Socket[bytes]) -> None:

@@ -223,10 +223,10 @@ class Scheduler:
         """
         plan = StepPlan()
         self._rereading.clear()
-        if self._alone is None:
-            self._admit_lone(now)
         if self._by_priority:
             self._admit_urgent(now)
+        if self._alone is None:
+            self._admit_lone(now)
         if self._alone is not None:
             self._plan_alone(plan, self._alone)
         else:

@@ -16,7 +16,7 @@ from footplate.backend.admission import (
 from footplate.backend.backlog import Backlog
 from footplate.protocol.bounds import MAX_N, MAX_SEED
 from footplate.protocol.config import RequestConfig
-from footplate.protocol.messages import AddRequest, ErrorKind, ModelFacts
+from footplate.protocol.messages import AddRequest, ErrorKind, FinishReason, ModelFacts
 from footplate.protocol.token_params import (
     LogitAdjustments,
     LogprobsRequest,
@@ -124,6 +124,73 @@ def test_prompt_and_prior_output_have_to_leave_room_for_a_token() -> None:
     assert refusal([1] * 36, fields={"prior_token_ids": [1] * 4}) == (
         "prompt and prior output have 40 tokens, must be at most 39"
     )
+
+
+def end_of(prior: list[int], prompt: int = 3, **params: Any) -> FinishReason | None:
+    """How a prior output that its request is run again with has ended, if it has."""
+    fields = {"prior_token_ids": prior, "is_replay": True}
+    check([1] * prompt, fields=fields, **params)
+    message = AddRequest(7, [1] * prompt, msgspec.structs.replace(PARAMS, **params))
+    return Admission(MODEL, CONFIG).end_of_prior(msgspec.structs.replace(message, **fields))
+
+
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("prior", "params", "end"),
+    [
+        ([1, 9], {"stop_token_ids": (9,)}, STOP),
+        ([1, 9], {"stop_token_ids": (9,), "min_tokens": 1}, STOP),
+        ([1, 9], {"stop_token_ids": (9,), "min_tokens": 2}, None),
+        ([9, 9], {"stop_token_ids": (9,), "min_tokens": 1}, STOP),
+        ([1, 2], {"stop_token_ids": (9,)}, None),
+        ([1] * 4, {}, None),
+        ([1] * 5, {}, LENGTH),
+        ([1, 1, 1, 1, 9], {"stop_token_ids": (9,)}, STOP),
+        ([1] * 5, {"min_tokens": 9}, LENGTH),
+        ([4, 5, 4, 5], {"repetition": RepetitionDetection(2, 1, 2)}, FinishReason.REPETITION),
+        ([4, 5, 4, 5], {"repetition": RepetitionDetection(2, 1, 2), "min_tokens": 5}, None),
+        ([4, 5, 4, 5], {"repetition": RepetitionDetection(2, 1, 2), "max_tokens": 4}, LENGTH),
+        ([], {"max_tokens": 1}, None),
+    ],
+)
+def test_a_replay_of_an_output_that_had_ended_has_its_end(
+    prior: list[int], params: dict[str, Any], end: FinishReason | None
+) -> None:
+    assert end_of(prior, **params) is end
+
+
+def test_a_replay_that_filled_the_context_window_has_its_end() -> None:
+    assert end_of([1] * 3, prompt=36) is None
+    assert end_of([1] * 4, prompt=36) is LENGTH
+    fields = {"prior_token_ids": [1] * 5, "is_replay": True}
+    assert "must be at most 40" in refusal([1] * 36, fields=fields, max_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("prior", "words"),
+    [
+        ([9, 1], "stop token"),
+        ([9, 9], "stop token"),
+        ([1] * 6, "there are 6 tokens of output already, must be at most max_tokens, which is 5"),
+    ],
+)
+def test_a_replay_of_what_nobody_can_have_produced_is_refused(prior: list[int], words: str) -> None:
+    fields = {"prior_token_ids": prior, "is_replay": True}
+    assert words in refusal(fields=fields, stop_token_ids=(9,))
+
+
+def test_only_a_replay_is_told_an_end_that_was() -> None:
+    message = AddRequest(7, [1], PARAMS, prior_token_ids=[1] * 4)
+    assert Admission(MODEL, CONFIG).end_of_prior(message) is None
+
+
+def test_a_replay_has_waited_already() -> None:
+    check(backlog=(8, 48), fields={"is_replay": True})
+    with pytest.raises(RefusalError) as caught:
+        check(backlog=(8, 48))
+    assert caught.value.kind is ErrorKind.OVERFLOW
 
 
 @pytest.mark.parametrize("prior", [[9], [9, 1], [1, 9]])

@@ -207,6 +207,22 @@ def test_forgetting_drops_every_name_when_no_block_is_held() -> None:
     assert len(set(pool.allocate(3))) == 3
 
 
+def test_names_of_blocks_that_one_alone_holds_can_be_dropped() -> None:
+    pool = BlockPool(4, SIZE)
+    mine, ours = cached(pool, A, B)
+    [unnamed] = pool.allocate(1)
+    pool.share([ours])
+    pool.forget([mine, ours, unnamed])
+    assert survivors(pool, A, B) == [B]
+    pool.check_ledger([[mine, ours, unnamed], [ours]])
+    pool.release([ours])
+    pool.forget([ours])
+    assert survivors(pool, B) == []
+    pool.release([mine, ours, unnamed])
+    pool.forget([mine])
+    assert pool.num_free == 4
+
+
 def test_forgetting_is_refused_while_a_block_is_held() -> None:
     pool = BlockPool(3, SIZE)
     pool.release(cached(pool, A))

@@ -505,6 +505,80 @@ def test_logprobs_are_told_at_output_positions_and_of_prompts_as_they_come(drive
     assert [[(r.handle, r.position) for r in o.logprobs] for o in told] == [[(2, 0)], [(2, 1)]]
 
 
+# ---- requests that are run again
+
+
+def test_a_replay_whose_output_had_ended_gets_its_end_and_no_token(driver: Driver) -> None:
+    driver.add(ALICE, 1, [1], prior_token_ids=[5, 9], stop_token_ids=(9,), is_replay=True)
+    driver.add(ALICE, 2, [1], prior_token_ids=[5, 6, 7], is_replay=True, n=2)
+    assert driver.core.has_work, "there is something to tell"
+    driver.run()
+    assert driver.ends(ALICE, 1) == [Finished(1, FinishReason.STOP)]
+    assert driver.ends(ALICE, 2) + driver.ends(ALICE, 3) == [
+        Finished(2, LENGTH),
+        Finished(3, LENGTH),
+    ]
+    assert not any(outputs.handles or outputs.started for _, outputs in driver.outputs)
+    driver.add(ALICE, 1, [1])
+    driver.run()
+    assert len(driver.tokens(ALICE, 1)) == 3, "its handle is free"
+
+
+def test_a_full_queue_takes_in_replays(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, requests=RequestConfig(max_num_queued_reqs=1), max_num_seqs=1)
+    driver.add(ALICE, 1, [1])
+    driver.add(ALICE, 2, [2])
+    driver.add(ALICE, 3, [3], is_replay=True)
+    driver.run()
+    [end] = driver.ends(ALICE, 2)
+    assert end.kind is ErrorKind.OVERFLOW
+    assert driver.ends(ALICE, 3) == [Finished(3, LENGTH)]
+
+
+def test_a_request_that_runs_alone_gets_the_same_tokens(driver: Driver, tmp_path: Path) -> None:
+    for handle in range(1, 5):
+        driver.add(ALICE, handle, [handle, 7], run_alone=handle % 2 == 0, max_tokens=6)
+    driver.run()
+    for handle in range(1, 5):
+        tokens = [handle, 7]
+        for position in range(6):
+            tokens.append(next_token(digest_prefix(tokens), position, PARAMS, VOCAB_SIZE, 16))
+        assert driver.tokens(ALICE, handle) == tokens[2:]
+
+
+def test_who_waits_for_one_that_runs_alone_still_has_a_deadline(driver: Driver) -> None:
+    driver.add(ALICE, 1, [1], max_tokens=30, deadline_s=5.0)
+    driver.step()
+    driver.add(ALICE, 2, [2] * 20, run_alone=True)
+    driver.clock.now += 6.0
+    driver.run()
+    assert driver.ends(ALICE, 1) == [Finished(1, DEADLINE)]
+    assert driver.ends(ALICE, 2) == [Finished(2, LENGTH)]
+
+
+def test_a_lone_request_that_is_overdue_lets_others_go_on(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, max_num_batched_tokens=4, max_num_seqs=4)
+    driver.add(ALICE, 1, [1], max_tokens=5)
+    driver.step()
+    driver.add(ALICE, 2, [2] * 20, run_alone=True, deadline_s=5.0)
+    driver.step()
+    assert len(driver.tokens(ALICE, 1)) == 1
+    driver.clock.now += 6.0
+    driver.run()
+    assert driver.ends(ALICE, 2) == [Finished(2, DEADLINE)]
+    assert len(driver.tokens(ALICE, 1)) == 5
+
+
+def test_corrupted_requests_are_counted(driver: Driver) -> None:
+    nan = RowError(ErrorKind.LOGITS, "NaN", is_corrupted=True)
+    impossible = RowError(ErrorKind.LOGITS, "no token is possible")
+    Scripted(driver, [StepResult([20, 21], errors={0: nan, 1: impossible})])
+    driver.add(ALICE, 1, [1])
+    driver.add(ALICE, 2, [2])
+    driver.run()
+    assert driver.stats().num_corrupted_requests == 1
+
+
 # ---- aborts
 
 

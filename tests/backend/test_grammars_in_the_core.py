@@ -37,7 +37,9 @@ class Anything(str):
         return self
 
     def advance(self, token_ids: Sequence[int]) -> bool:
-        return False
+        if self == "raises":
+            raise RuntimeError("a bug")
+        return self == "complete"
 
     def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
         mask[:] = -1
@@ -88,9 +90,9 @@ class Driver:
         self.core.join(ALICE)
         self.ends: dict[int, Finished] = {}
 
-    def add(self, handle: int, text: str | None, **options: Any) -> None:
+    def add(self, handle: int, text: str | None, max_tokens: int = 2, **options: Any) -> None:
         grammar = None if text is None else Grammar(text)
-        params = msgspec.structs.replace(PARAMS, grammar=grammar)
+        params = msgspec.structs.replace(PARAMS, grammar=grammar, max_tokens=max_tokens)
         self.core.handle(ALICE, AddRequest(handle, [1, 2, handle], params, **options))
 
     def step(self) -> set[int]:
@@ -203,4 +205,43 @@ def test_a_core_without_a_compiler_refuses_grammars_and_lives_on(tmp_path: Path)
     driver.add(1, "g")
     driver.add(2, None)
     assert driver.step() == {2}
+    assert driver.ends[1].kind is ErrorKind.GRAMMAR
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize(
+    ("text", "prior", "reason"),
+    [
+        ("complete", [5, 6], FinishReason.STOP),
+        ("open", [5, 6], FinishReason.LENGTH),
+        ("raises", [5, 6], FinishReason.LENGTH),
+        ("open", [5, 6, 7] * 12 + [5], FinishReason.LENGTH),  # the context window is full
+    ],
+)
+def test_the_end_of_a_grammar_comes_first_when_a_replay_is_told_how_it_had_ended(
+    driver: Driver,
+    compiler: ScriptedCompiler,
+    text: str,
+    prior: list[int],
+    reason: FinishReason,
+    is_there: bool,
+) -> None:
+    if is_there:
+        compiler.there.add(text)
+    driver.add(1, text, max_tokens=len(prior), prior_token_ids=prior, is_replay=True)
+    driver.step()
+    compiler.finish(text)
+    assert driver.step() == set()
+    assert driver.ends == {1: Finished(1, reason)}
+    assert driver.stats().num_waiting == 0
+    driver.add(1, None)
+    assert driver.step() == {1}, "its handle is free"
+
+
+def test_a_replay_whose_grammar_fails_has_that_end(
+    driver: Driver, compiler: ScriptedCompiler
+) -> None:
+    driver.add(1, "bad", prior_token_ids=[5, 6], is_replay=True)
+    compiler.finish("bad", "no such rule")
+    driver.step()
     assert driver.ends[1].kind is ErrorKind.GRAMMAR

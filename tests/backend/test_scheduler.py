@@ -66,7 +66,7 @@ class Bench:
         key = len(self.requests) + 1
         if isinstance(prompt, int):
             prompt = [key] * prompt
-        names = ("client", "priority", "cache_salt", "arrival_time")
+        names = ("client", "priority", "cache_salt", "arrival_time", "runs_alone")
         fields = {"client": b"client"} | {k: options.pop(k) for k in names if k in options}
         tokens = prompt + options.pop("prior", [])
         params = msgspec.structs.replace(ENDLESS, **options)
@@ -1274,6 +1274,180 @@ def test_what_a_failed_request_computed_last_does_not_enter_the_cache() -> None:
     bench.add(list(range(50, 58)))
     bench.step(errors={0: RowError(ErrorKind.LOGITS, "NaN")})
     assert bench.pool.num_cached == 4
+
+
+NAN = RowError(ErrorKind.LOGITS, "NaN", is_corrupted=True)
+
+
+def test_what_a_corrupted_request_computed_before_is_not_served_to_others() -> None:
+    bench = Bench(budget=8)
+    bench.add(PROMPT)
+    bench.step()
+    assert bench.pool.num_cached == 2
+    bench.step(errors={0: NAN})
+    assert bench.pool.num_cached == 0
+    again = bench.add(PROMPT)
+    bench.step()
+    assert again.num_cached_tokens == 0
+
+
+def test_blocks_that_a_corrupted_request_shares_keep_their_names_until_their_last_holder() -> None:
+    bench = Bench()
+    bench.add(PROMPT)
+    bench.step()
+    bench.add([*PROMPT[:8], 99, 98, 97, 96, 95])
+    bench.step()
+    assert bench.pool.num_cached == 3
+    bench.step(errors={1: NAN})
+    assert bench.pool.num_cached == 3, "its own third block has gone, and the other's has come"
+    bench.step(errors={0: NAN})
+    assert bench.pool.num_cached == 0
+
+
+def test_a_request_that_failed_in_the_model_leaves_what_it_computed_before() -> None:
+    bench = Bench(budget=8)
+    request = bench.add(PROMPT)
+    bench.step()
+    plan = bench.scheduler.schedule(now=0.0)
+    plan.num_new_tokens, plan.sampling = [0], []
+    error = RowError(ErrorKind.INTERNAL, "it raised")
+    assert bench.scheduler.update(plan, StepResult(failed={0: error})) == []
+    bench.scheduler.check_ledger()
+    assert (request.state, request.finish_reason) == (State.FINISHED, FinishReason.ERROR)
+    assert (bench.pool.num_cached, bench.pool.num_free) == (2, 64)
+
+
+def short_of_memory(bench: Bench, index: int) -> StepPlan:
+    """A step in which one request finds no memory."""
+    plan = bench.scheduler.schedule(now=0.0)
+    plan.num_new_tokens[index] = 0
+    plan.sampling.remove(index)
+    tokens = [FIRST_OUTPUT_ID + len(plan.requests[i].token_ids) for i in plan.sampling]
+    bench.scheduler.update(plan, StepResult(tokens, short_of_memory={index}))
+    bench.scheduler.check_ledger()
+    return plan
+
+
+def test_the_last_in_rank_makes_room_and_comes_back_when_another_has_ended() -> None:
+    bench = Bench()
+    first, second, last = bench.add(4), bench.add(4), bench.add(4, max_tokens=9)
+    bench.step()
+    short_of_memory(bench, 0)
+    assert (last.state, first.short_at) == (State.PREEMPTED, 5)
+    assert [planned(plan) for plan in bench.steps(2)] == [{1: 1, 2: 1}] * 2, "no room yet"
+    bench.abort(second)
+    assert planned(bench.step()) == {1: 1, 3: 2}, "with its cached block, and what it had said"
+    assert last.num_output_tokens == 3
+
+
+def test_one_that_is_the_last_itself_makes_room_for_others() -> None:
+    bench = Bench()
+    first, last = bench.add(4), bench.add(4)
+    bench.step()
+    short_of_memory(bench, 1)
+    assert (first.state, last.state, last.short_at) == (State.RUNNING, State.PREEMPTED, 5)
+    bench.abort(first)
+    bench.step()
+    assert last.state is State.RUNNING
+
+
+def test_one_that_is_left_alone_keeps_its_place() -> None:
+    bench = Bench()
+    only = bench.add(4)
+    bench.step()
+    short_of_memory(bench, 0)
+    assert only.state is State.RUNNING and bench.scheduler.num_preemptions == 0
+
+
+# ---- alone
+
+
+def test_a_lone_request_has_its_steps_for_itself_until_it_has_a_token() -> None:
+    bench = Bench(budget=8)
+    other = bench.add(4)
+    bench.step()
+    held = list(other.block_ids)
+    bench.add(20, runs_alone=True)
+    late = bench.add(4)
+    assert [planned(plan) for plan in bench.steps(3)] == [{2: 8}, {2: 8}, {2: 4}]
+    assert other.block_ids == held
+    assert planned(bench.step()) == {1: 1, 2: 1, 3: 4}
+    assert late.state is State.RUNNING
+
+
+def test_lone_requests_run_one_after_the_other() -> None:
+    bench = Bench()
+    for _ in range(3):
+        bench.add(4, runs_alone=True)
+    bench.add(4)
+    plans = [planned(plan) for plan in bench.steps(4)]
+    assert plans[:3] == [{1: 4}, {2: 4}, {3: 4}]
+    assert plans[3] == {1: 1, 2: 1, 3: 1, 4: 4}
+
+
+def test_a_lone_request_is_like_any_other_after_its_first_token() -> None:
+    bench = Bench(num_blocks=4)
+    lone, better = bench.add(4, runs_alone=True), bench.add(4)
+    bench.scheduler.finish(better, FinishReason.ABORT)
+    bench.step()
+    assert not lone.runs_alone
+    first = bench.add(3, arrival_time=-1.0)
+    bench.steps(7)
+    assert lone.state is State.PREEMPTED and first.state is State.RUNNING
+    bench.abort(first)
+    assert planned(bench.step()).keys() == {lone.key}
+
+
+@pytest.mark.parametrize("size", [{"max_num_seqs": 1}, {"num_blocks": 3}])
+def test_a_lone_request_waits_for_its_place_while_others_run(size: dict[str, int]) -> None:
+    bench = Bench(**size)  # type: ignore[arg-type]
+    running = bench.add(6, max_tokens=3)
+    bench.step()
+    bench.add(8, runs_alone=True, max_tokens=2)
+    bench.add(2, max_tokens=2)
+    assert [planned(plan) for plan in bench.steps(2)] == [{1: 1}] * 2
+    assert running.state is State.FINISHED
+    assert planned(bench.step()) == {2: 8}
+    bench.run_to_the_end()
+
+
+def test_lone_siblings_share_their_prompt_and_run_one_by_one() -> None:
+    bench = Bench()
+    bench.add_siblings(3, PROMPT, runs_alone=True)
+    plans = [planned(plan) for plan in bench.steps(4)]
+    assert plans == [{1: 10}, {2: 2}, {3: 2}, {1: 1, 2: 1, 3: 1}]
+
+
+def test_an_urgent_request_waits_while_one_runs_alone() -> None:
+    bench = Bench(budget=8, policy="priority")
+    bench.add(20, runs_alone=True, priority=5)
+    bench.step()
+    bench.add(4, priority=0)
+    assert [planned(plan) for plan in bench.steps(2)] == [{1: 8}, {1: 4}]
+    assert planned(bench.step()) == {1: 1, 2: 4}
+
+
+def test_an_urgent_lone_request_displaces_others_as_any_other_would() -> None:
+    bench = Bench(num_blocks=4, policy="priority", max_model_len=16)
+    worse = bench.add(9, priority=5)
+    bench.step()
+    bench.add(9, priority=0, runs_alone=True)
+    assert planned(bench.step()) == {2: 9}
+    assert worse.state is State.PREEMPTED
+
+
+def test_a_lone_request_that_ends_lets_others_go_on() -> None:
+    bench = Bench(budget=8)
+    other = bench.add(4)
+    lone = bench.add(20, runs_alone=True)
+    bench.steps(2)
+    bench.abort(lone)
+    assert planned(bench.step()) == {1: 1}
+    lone = bench.add(20, runs_alone=True)
+    bench.steps(2)
+    bench.step(errors={0: RowError(ErrorKind.LOGITS, "NaN")})
+    assert planned(bench.step()) == {1: 1}
+    assert lone.state is State.FINISHED and other.state is State.RUNNING
 
 
 def test_the_next_sibling_takes_over_when_the_first_fails_with_its_prompt() -> None:

@@ -280,6 +280,18 @@ def test_a_lost_device_is_not_blamed_on_a_request(error: Exception) -> None:
     assert runner.num_calls == 1
 
 
+def test_a_device_that_is_lost_while_a_culprit_is_looked_for_ends_the_search() -> None:
+    def fail(plan: StepPlan) -> None:
+        if len(plan.requests) == 2:
+            raise AcceleratorError("CUDA error: device-side assert triggered")
+        raise ValueError("marked")
+
+    runner = Counting(fail)
+    with pytest.raises(AcceleratorError):
+        StepGuard(runner).execute(plan_of(8))
+    assert runner.num_calls == 3
+
+
 @pytest.mark.parametrize("error", [Terminated(143), SystemExit(1), KeyboardInterrupt()])
 def test_the_end_of_the_process_is_nobodys_fault(error: BaseException) -> None:
     def fail(plan: StepPlan) -> None:
@@ -502,7 +514,8 @@ def test_whatever_fails_others_get_the_tokens_of_a_clean_run(seed: int) -> None:
         handle: [handle % 3, *dice.choices(range(50), k=dice.randint(0, 30))]
         for handle in range(dice.randint(1, 20))
     }
-    marked = {handle for handle in prompts if dice.random() < 0.1}
+    # One: two that are alone together are a broken runner.
+    marked = set(dice.sample(sorted(prompts), dice.randint(0, 1)))
     bench = Bench(
         ScriptedRunner(check),
         max_num_seqs=(max_num_seqs := dice.randint(1, 8)),

@@ -100,9 +100,9 @@ class RawClient:
         assert self.pull.poll(PATIENCE_MS), "the core does not answer"
         return self._decode(self.pull.recv())
 
-    def join(self) -> Welcome:
+    def join(self, session: bytes = b"") -> Welcome:
         """Say Hello; what answers it when the core is ready."""
-        self.say(Hello(PROTOCOL_VERSION, self.endpoint))
+        self.say(Hello(PROTOCOL_VERSION, self.endpoint, session))
         while not isinstance(answer := self.hear(), Welcome):
             assert isinstance(answer, Progress)
         return answer
@@ -333,6 +333,44 @@ async def test_a_client_that_came_during_the_last_step_does_not_keep_the_core_fr
     late.shutdown()
 
 
+def test_the_next_core_knows_who_took_part_in_the_step_in_which_one_was_killed(
+    folder: Path,
+) -> None:
+    address = f"ipc://{folder}/engine.sock"
+    config = EngineArgs(model="fake").core_config(address)
+    endless = TokenParams(0.0, 1.0, 0, 0.0, 0, 30_000, 0, ())
+    one_token = TokenParams(0.0, 1.0, 0, 0.0, 0, 1, 0, ())
+    alice, bob = b"A" * 16, b"B" * 16
+    ends: queue.Queue[EngineStartError] = queue.Queue()
+
+    def suspects_of(*sessions: bytes) -> list[list[int]]:
+        suspects = []
+        for session in sessions:
+            with raw_client(address) as client:
+                suspects.append(client.join(session).suspects)
+        return suspects
+
+    first = CoreProcess(config, ends.put)
+    assert in_time(lambda: (folder / "engine.sock").exists())
+    with raw_client(address) as client, raw_client(address) as other:
+        assert client.join(alice).suspects == other.join(bob).suspects == []
+        client.say(AddRequest(4, [20], one_token), AddRequest(5, [20], endless))
+        other.say(AddRequest(6, [20], endless))
+        assert isinstance(client.hear_output(), StepOutputs)
+        client.say(AddRequest(7, [20], endless))
+        while 7 not in getattr(client.hear_output(), "handles", ()):
+            pass
+        os.kill(first.process_id, signal.SIGKILL)
+        ends.get(timeout=PATIENCE_S)
+    for number in (signal.SIGKILL, signal.SIGTERM):  # one ends before it has run a step
+        heir = CoreProcess(config, ends.put)
+        assert in_time(lambda: (folder / "engine.sock").exists())
+        assert suspects_of(alice, bob, b"C" * 16, b"") == [[5, 7], [6], [], []]
+        os.kill(heir.process_id, number)
+        ends.get(timeout=PATIENCE_S)
+    assert files_in(folder) == [], "an orderly end leaves no record"
+
+
 def test_a_core_that_does_not_react_is_killed_after_a_while(
     start_core: StartCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,7 +533,7 @@ async def test_a_client_may_leave_and_come_back(start_core: StartCore) -> None:
             await engine.start()
             assert len(await complete(engine)) == 5
             engine.shutdown()
-        assert in_time(lambda: len(files_in(core.folder)) == 3), "socket, lock, who stays"
+        assert in_time(lambda: len(files_in(core.folder)) == 4), "socket, lock, steps, who stays"
         await anext(stream)
         stream.close()
 

@@ -22,7 +22,7 @@ FOREVER = SamplingParams(max_tokens=30_000, detokenize=False)
 SHORT = SamplingParams(max_tokens=5, detokenize=False)
 Run = Callable[..., Program]
 EX_USAGE, EX_SOFTWARE, EX_CONFIG = 2, 70, 78
-OURS = ["engine.sock", "engine.sock.lock"]
+OURS = ["engine.sock", "engine.sock.lock", "engine.sock.steps"]
 
 
 @pytest.fixture

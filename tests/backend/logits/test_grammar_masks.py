@@ -223,6 +223,32 @@ def test_limits_of_a_matcher_are_an_error_wherever_it_meets_them() -> None:
         assert failures(make_request(grammar=grammar)) == [(ErrorKind.GRAMMAR, "too many items")]
 
 
+@pytest.mark.parametrize("where", ["start", "fill_mask", "advance"])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError("a bug")])
+def test_a_bug_in_a_grammar_engine_ends_its_request_alone(where: str, error: Exception) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    bad, good = grammar_of(*ABC), grammar_of(*ABC)
+    if where == "start":
+        bad.start = fail  # type: ignore[method-assign,assignment]
+    else:
+        make = bad.start
+        bad.start = lambda: _with(make(), where, fail)  # type: ignore[method-assign]
+    rows = LogitRows()
+    requests = [make_request(key=key, grammar=g) for key, g in enumerate((good, bad, good))]
+    rows.prepare(requests, 5)  # in one job
+    for _ in range(2):
+        found = [failures(request, rows) for request in requests]
+        words = f"the grammar engine failed: {type(error).__name__}: a bug"
+        assert found == [[], [(ErrorKind.GRAMMAR, words)], []]
+
+
+def _with(matcher: SetMatcher, name: str, method: Any) -> SetMatcher:
+    setattr(matcher, name, method)
+    return matcher
+
+
 def test_what_a_grammar_forbids_cannot_be_chosen_whatever_its_logit_is() -> None:
     logits = [math.nan, 1.0, math.inf, -0.0, -math.inf]
     grammar = SetGrammar({1, 3, 4}, vocab_size=5)

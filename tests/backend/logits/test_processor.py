@@ -60,6 +60,25 @@ class UnspeakableError(Exception):
         raise RuntimeError("no words")
 
 
+class ExitingError(Exception):
+    def __str__(self) -> str:
+        sys.exit(3)
+
+
+class Forgetful(LogitsProcessor):
+    """Looks at the newest token only, and remembers the others: it must not be called twice for
+    one position, and a new one is shown the whole output."""
+
+    def __init__(self, arguments: dict[str, Any], prompt: Sequence[int], vocab_size: int) -> None:
+        self.taken: list[int] | None = None
+
+    def __call__(self, output_token_ids: Sequence[int], logits: FloatRow) -> None:
+        new = output_token_ids if self.taken is None else output_token_ids[-1:]
+        self.taken = [*(self.taken or []), *new]
+        assert self.taken == list(output_token_ids)
+        logits[len(self.taken)] += 10
+
+
 class Misbehave(LogitsProcessor):
     """Does to the row what its argument says."""
 
@@ -86,6 +105,10 @@ class Misbehave(LogitsProcessor):
                 sys.exit(3)
             case "unspeakable":
                 raise UnspeakableError
+            case "exit unspeakably":
+                raise ExitingError
+            case "tell":
+                raise OSError(f"cannot read /home/{self!r}/model at ipc:///run/x of 10.0.0.1:80")
             case "return":
                 return logits * 2  # type: ignore[return-value]
             case "reshape":
@@ -96,7 +119,7 @@ class Misbehave(LogitsProcessor):
                 raise Terminated(143)
 
 
-PROCESSORS: Any = (Favour, Recorder, Misbehave, Consumer)
+PROCESSORS: Any = (Favour, Recorder, Misbehave, Consumer, Forgetful)
 
 
 def call(index: int, **arguments: Any) -> ProcessorCall:
@@ -137,7 +160,7 @@ def test_a_processor_cannot_break_a_grammar() -> None:
 @pytest.mark.parametrize(
     ("processor", "kind", "words"),
     [
-        (call(4), ErrorKind.PROCESSOR, "there is no logits processor 4: this engine has 4"),
+        (call(5), ErrorKind.PROCESSOR, "there is no logits processor 5: this engine has 5"),
         (call(0, bonus="x"), ErrorKind.PROCESSOR, "Favour: ValueError: bonus must be an integer"),
         (call(2, how="init"), ErrorKind.PROCESSOR, "Misbehave: RuntimeError: no start"),
         (call(2, how="raise"), ErrorKind.PROCESSOR, "Misbehave: KeyError: 'lost'"),
@@ -147,6 +170,7 @@ def test_a_processor_cannot_break_a_grammar() -> None:
         (call(2, how="infinity"), ErrorKind.PROCESSOR, "Misbehave left a NaN or infinity"),
         (call(2, how="exit"), ErrorKind.PROCESSOR, "Misbehave: SystemExit: 3"),
         (call(2, how="unspeakable"), ErrorKind.PROCESSOR, "Misbehave: UnspeakableError"),
+        (call(2, how="exit unspeakably"), ErrorKind.PROCESSOR, "Misbehave: ExitingError"),
         (call(2, how="return"), ErrorKind.PROCESSOR, "Misbehave returned a ndarray: it must"),
         (call(2, how="mask"), ErrorKind.LOGITS, "no token is possible, with logits_processors"),
     ],
@@ -167,6 +191,24 @@ def test_what_a_processor_does_wrong_is_its_requests_error(
 def test_what_a_processor_does_to_the_array_itself_does_not_reach_the_row(how: str) -> None:
     request = make_request(processors=(call(2, how=how),), presence_penalty=1.0)
     assert edited_row(LOGITS, request, PROCESSORS) == LOGITS
+
+
+def test_what_a_processor_raises_tells_nothing_of_where_it_runs() -> None:
+    _, result = run(LogitRows(PROCESSORS), make_request(processors=(call(2, how="tell"),)), LOGITS)
+    assert result.errors[0].message == (
+        "logits processor Misbehave: OSError: cannot read <path> at <address> of <address>"
+    )
+
+
+def test_a_processor_that_remembers_is_made_anew_when_a_step_is_run_again() -> None:
+    rows, request = LogitRows(PROCESSORS), make_request([3], [], processors=(call(4),))
+    tokens = []
+    for _ in range(3):
+        first, second = (run(rows, request, LOGITS)[1] for _ in range(2))
+        assert first.token_ids == second.token_ids and not second.errors
+        tokens.append(first.token_ids[0])
+        request.token_ids.append(first.token_ids[0])
+    assert tokens == [0, 1, 2]
 
 
 def test_a_signal_that_comes_while_a_processor_runs_still_ends_the_process() -> None:

@@ -30,12 +30,13 @@ class SummingModel(CachedModel):
     def __init__(self) -> None:
         self.num_forwards: list[int] = []
         self.fails = False
+        self.fails_at = 0  # the number of a forward, from one
 
     def forward(
         self, token_ids: list[int], cache: Any, num_rows: int = 1
     ) -> tuple[torch.Tensor, Any]:
         self.num_forwards.append(len(token_ids))
-        if self.fails:
+        if self.fails or len(self.num_forwards) == self.fails_at:
             raise RuntimeError("no luck")
         sums = [(cache or 0) + total for total in accumulate(token_ids)]
         return one_hot(torch.tensor(sums[-num_rows:]) % 50, 50).float(), sums[-1]
@@ -119,6 +120,129 @@ def test_a_failed_forward_leaves_no_half_written_cache() -> None:
     model.fails = False
     assert step(runner, (one, 1)) == [6]
     assert model.num_forwards == [2, 1, 3]
+
+
+def prefilled(runner: PerRequestRunner, count: int) -> list[Request]:
+    """Requests that have had their first token."""
+    requests = [request([key, 2, 3], key=key) for key in range(count)]
+    step(runner, *[(one, 3) for one in requests])
+    return requests
+
+
+def decode(requests: list[Request]) -> StepPlan:
+    return StepPlan(list(requests), [1] * len(requests), list(range(len(requests))))
+
+
+def test_rows_of_a_step_that_raised_are_not_computed_twice() -> None:
+    model = SummingModel()
+    runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=True)
+    requests = prefilled(runner, 4)
+    expected = [sum(one.token_ids) % 50 for one in requests]
+    model.num_forwards.clear()
+    model.fails_at = 3
+    with pytest.raises(RuntimeError):
+        runner.execute(decode(requests))
+    model.fails_at = 0
+    assert runner.execute(decode(requests[:2])).token_ids == expected[:2]
+    assert runner.execute(decode(requests[2:])).token_ids == expected[2:]
+    # The third lost a cache that cannot be taken back, and began anew.
+    assert model.num_forwards == [1, 1, 1, 4, 1]
+    assert not runner._rows
+    for one, token in zip(requests, expected, strict=True):
+        one.num_computed_tokens += 1
+        one.token_ids.append(token)
+    step(runner, *[(one, 1) for one in requests])
+    assert model.num_forwards[5:] == [1] * 4
+
+
+def test_rows_that_nothing_was_made_of_are_dropped_with_their_request() -> None:
+    model = SummingModel()
+    runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=True)
+    requests = prefilled(runner, 2)
+    model.fails_at = len(model.num_forwards) + 2
+    with pytest.raises(RuntimeError):
+        runner.execute(decode(requests))
+    assert runner._rows.keys() == {0}
+    step(runner, released=[0, 1])
+    assert not runner._rows and not runner._states
+
+
+def test_rows_of_another_chunk_are_computed() -> None:
+    """A step that did not fit into memory is run again with a shorter one."""
+    model = SummingModel()
+    runner = PerRequestRunner(model, FACTS, Sampler(), prefill_in_chunks=True)
+    one, two = request([1, 2, 3, 4]), request([5, 6], key=2)
+    model.fails_at = 2
+    with pytest.raises(RuntimeError):
+        runner.execute(StepPlan([one, two], [4, 2], [0, 1]))
+    assert step(runner, (one, 2)) == []
+    assert step(runner, (one, 2), (two, 2)) == [10, 11]
+
+
+class Interrupted(torch.nn.Module):
+    """A layer that raises when it is told to, behind others that have cached their part."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_broken = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output = self.layer(*args, **options)
+        if self.is_broken:
+            raise RuntimeError("in the middle")
+        return output
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_cache_is_taken_back_to_the_last_bit_when_a_forward_raises(window: int | None) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": 50}
+    config = MistralConfig(
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        sliding_window=window,
+        **options,
+    )
+    network: Any = MistralForCausalLM(config)
+    network.eval()
+    broken = network.model.layers[1] = Interrupted(network.model.layers[1])
+    model = CachedModel(network)
+
+    def run(*, interrupted: bool) -> list[bytes]:
+        rows, cache = [], None
+        for number, tokens in enumerate(([1, 2, 3, 4, 5], [6, 7], [8], [9])):
+            if interrupted and number:
+                take_back = model.remember(cache)
+                assert take_back is not None
+                broken.is_broken = True
+                with pytest.raises(RuntimeError):
+                    model.forward([30, 31, 32], cache)
+                broken.is_broken = False
+                take_back()
+            logits, cache = model.forward(tokens, cache)
+            rows.append(logits.numpy().tobytes())
+        return rows
+
+    assert run(interrupted=True) == run(interrupted=False)
+
+
+def test_a_cache_that_changes_in_place_is_not_taken_back() -> None:
+    from transformers import StaticCache
+
+    model = SummingModel()
+    assert model.remember(None) is None
+    assert model.remember(17) is None
+    assert model.remember(object.__new__(StaticCache)) is None
 
 
 class Encoder(torch.nn.Module):

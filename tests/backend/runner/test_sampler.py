@@ -31,6 +31,7 @@ from footplate.protocol.token_params import (
     LogprobsMode,
     LogprobsRequest,
     ProcessorCall,
+    ThinkingBudget,
     TokenParams,
 )
 
@@ -398,6 +399,34 @@ def test_a_row_that_is_no_distribution_is_an_error_and_spoils_no_other(
     result = step([LOGITS, [0.0, bad, 9.0, bad, 0.0], LOGITS], requests)
     assert result.token_ids == [expected[0], -1, expected[2]]
     assert {index: error.kind for index, error in result.errors.items()} == {1: ErrorKind.LOGITS}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize("vocab_size", [5, 67, 300])
+def test_one_bad_logit_is_found_wherever_it_stands(
+    vocab_size: int, params: dict[str, Any], bad: float
+) -> None:
+    rows = torch.randn(vocab_size, vocab_size).fill_diagonal_(bad)
+    result = step(rows.tolist(), [request(**params) for _ in range(vocab_size)])
+    assert result.errors.keys() == set(range(vocab_size))
+    assert all(error.is_corrupted for error in result.errors.values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_row_is_found_where_its_token_is_forced(bad: float) -> None:
+    forced = request(adjustments=LogitAdjustments(forced_token_ids=(1,)))
+    ending = request(
+        adjustments=LogitAdjustments(thinking=ThinkingBudget(0, (0,), (2,))),
+    )
+    good = step([LOGITS, LOGITS], [forced, ending])
+    assert (good.token_ids, good.errors) == ([1, 2], {})
+    rows = [[0.0, 1.0, 2.0, bad, 0.0], [0.0, 1.0, 2.0, bad, 0.0]]
+    if bad < 0:
+        rows = [[bad] * 5, LOGITS]
+    result = step(rows, [forced, ending])
+    assert result.errors.keys() == ({0} if bad < 0 else {0, 1})
+    assert all(error.is_corrupted for error in result.errors.values())
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 1}])
