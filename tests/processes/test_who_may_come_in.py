@@ -351,6 +351,7 @@ async def test_nobody_but_the_core_can_tell_a_client_anything(core: GuardedCore)
         event = parse_monitor_message(monitor.recv_multipart())
         push.disable_monitor()
         monitor.close(linger=0)
+        push.close(linger=int(1000 * PATIENCE_S))
         return event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
 
     async with core.connect(key_of(core, "writer")) as engine:
@@ -407,7 +408,7 @@ def test_a_routing_id_is_no_proof_of_who_one_is(core: GuardedCore, witness: Curv
     client_id, num_before = new_client_id(), witness.stats().num_bad_messages
     with curve_client(core.address, key_of(core, "writer"), client_id) as client:
         client.join()
-        client.dealer.disconnect(core.address)  # its PULL stays, and with it its place in the core
+        client.dealer.close(linger=0)  # its PULL stays, and with it its place in the core
 
         def thief_is_heard() -> bool:
             # One that comes before the other's connection has ended is ignored for good.
