@@ -153,7 +153,7 @@ def test_a_file_of_somebody_else_is_refused(key_dir: Path) -> None:
         read_server_key(key_dir)
 
 
-GOOD = '{"public_key": "%s", "secret_key": "%s"}' % ("p" * 40, "S" * 40)
+GOOD = msgspec.json.encode(KeyPair("p" * 40, "S" * 40)).decode()
 
 
 @pytest.mark.parametrize(
