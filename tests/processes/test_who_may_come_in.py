@@ -46,7 +46,6 @@ from .guarded import (
     CurveClient,
     GuardedCore,
     curve_client,
-    free_port,
     guarded_core,
     proxy,
 )
