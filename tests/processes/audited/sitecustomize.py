@@ -2,13 +2,17 @@
 path. It watches, from then on, whatever could make code of data or reach out of the process, and
 writes what should not be to the file that AUDIT_LOG names: one line of JSON each."""
 
-import importlib._bootstrap as bootstrap
-import importlib._bootstrap_external as bootstrap_external
+import importlib._bootstrap
+import importlib._bootstrap_external
 import json
 import os
 import sys
 import zipimport
 from types import CodeType, FrameType
+from typing import Any
+
+bootstrap: Any = importlib._bootstrap
+bootstrap_external: Any = importlib._bootstrap_external
 
 LOG = os.open(os.environ["AUDIT_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
@@ -37,7 +41,7 @@ PROCESSES = ("footplate.frontend.core_process", "footplate.backend.kernels.build
 
 
 def report(event: str, detail: object, frame: FrameType | None) -> None:
-    where = []
+    where: list[str] = []
     while frame is not None and len(where) < 8:
         where.append(f"{frame.f_globals.get('__name__')}:{frame.f_lineno}")
         frame = frame.f_back
