@@ -2,9 +2,9 @@
 
 import re
 
-# In this order. Each pattern looks at every character once, whatever the text.
+# In this order. No pattern looks at a character more than a hundred times, whatever the text.
 _PLACES = (
-    (re.compile(r"<[\w.]+(?: object)? at 0x[0-9a-fA-F]+>"), "<object>"),
+    (re.compile(r"<[^<>]{1,100} at 0x[0-9a-fA-F]+>"), "<object>"),
     (re.compile(r"\b0x[0-9a-fA-F]+"), "<address>"),
     (re.compile(r"\b(?:ipc|tcp|inproc|file)://[^\s'\",;)]+"), "<address>"),
     (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "<address>"),

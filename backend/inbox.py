@@ -450,8 +450,8 @@ def as_told_to(peer: Peer, state: Progress | Welcome | Refused) -> Progress | We
         return msgspec.structs.replace(state, role=peer.role)
     model = msgspec.structs.replace(
         state.model,
-        model=os.path.basename(state.model.model) or state.model.model,
-        tokenizer=os.path.basename(state.model.tokenizer),
+        model=Path(state.model.model).name,
+        tokenizer=Path(state.model.tokenizer).name,
     )
     return msgspec.structs.replace(state, role=peer.role, model=model, process_id=0)
 

@@ -2,9 +2,10 @@
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from footplate.protocol.keys import Guest, guest_files, read_guests
+from footplate.protocol.keys import Guest, guest_dir, guest_files, read_guests
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,9 @@ class Keyring:
 
     def _sign(self) -> _Signature:
         signature = []
-        for path in guest_files(self._key_dir):
-            try:
+        for path in (guest_dir(self._key_dir), *guest_files(self._key_dir)):
+            with suppress(OSError):  # it went meanwhile
                 status = os.lstat(path)
-            except FileNotFoundError:
-                continue  # it went meanwhile
-            signature.append((path.name, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
+                times = status.st_mtime_ns, status.st_ctime_ns
+                signature.append((path.name, status.st_ino, *times))
         return signature

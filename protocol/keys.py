@@ -20,8 +20,8 @@ import msgspec
 from msgspec import Meta
 
 from footplate.protocol.bounds import MAX_INT, require_int
-from footplate.protocol.errors import InvalidParameterError, KeyFileError
-from footplate.protocol.links import make_owned_dir
+from footplate.protocol.errors import EngineStartError, InvalidParameterError, KeyFileError
+from footplate.protocol.links import make_owned_dir, require_owned_dir
 
 Role = Literal["generate", "admin"]
 # 32 bytes as Z85 (rfc.zeromq.org/spec/32).
@@ -100,6 +100,11 @@ def read_guests(key_dir: Path) -> tuple[dict[str, tuple[str, Guest]], list[KeyFi
     """
     guests: dict[str, tuple[str, Guest]] = {}
     errors: list[KeyFileError] = []
+    try:
+        require_owned_dir(guest_dir(key_dir))
+    except (EngineStartError, OSError) as error:
+        # Whoever may write there decides who comes in.
+        return {}, [KeyFileError(f"nobody is let in: {error}")]
     twice: set[str] = set()
     for path in guest_files(key_dir):
         try:
@@ -117,7 +122,7 @@ def read_guests(key_dir: Path) -> tuple[dict[str, tuple[str, Guest]], list[KeyFi
 def guest_files(key_dir: Path) -> list[Path]:
     """The files of all clients; none where there is no folder."""
     with suppress(OSError):
-        return sorted(path for path in _guest_dir(key_dir).iterdir() if path.suffix == ".json")
+        return sorted(path for path in guest_dir(key_dir).iterdir() if path.suffix == ".json")
     return []
 
 
@@ -160,7 +165,7 @@ def make_server_key(key_dir: Path, keys: KeyPair) -> None:
         EngineStartError: the folder is not ours alone.
     """
     make_owned_dir(key_dir)
-    make_owned_dir(_guest_dir(key_dir))
+    make_owned_dir(guest_dir(key_dir))
     _write(_server_file(key_dir), keys)
 
 
@@ -205,7 +210,8 @@ def _server_file(key_dir: Path) -> Path:
     return key_dir / "server.key"
 
 
-def _guest_dir(key_dir: Path) -> Path:
+def guest_dir(key_dir: Path) -> Path:
+    """Where the files of all clients are."""
     return key_dir / "clients"
 
 
@@ -214,7 +220,7 @@ def _guest_file(key_dir: Path, name: str) -> Path:
         raise InvalidParameterError(
             "name", name, "1 to 64 letters, digits, _ and -, beginning with a letter or digit"
         )
-    return _guest_dir(key_dir) / f"{name}.json"
+    return guest_dir(key_dir) / f"{name}.json"
 
 
 def _write(path: Path, content: msgspec.Struct) -> None:

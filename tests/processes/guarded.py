@@ -1,7 +1,9 @@
 """A core on tcp that lets in whoever has a key, and peers of all kinds."""
 
 import queue
+import shlex
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zmq
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs
@@ -38,7 +41,7 @@ from footplate.protocol.messages import (
     Welcome,
 )
 
-from .conftest import PATIENCE_S
+from .conftest import HERE, PATIENCE_S
 
 PATIENCE_MS = int(1000 * PATIENCE_S)
 
@@ -74,7 +77,12 @@ class GuardedCore:
 
 
 @contextmanager
-def guarded_core(host: str = "127.0.0.1", **engine_args: Any) -> Iterator[GuardedCore]:
+def guarded_core(
+    host: str = "127.0.0.1", mode: str | None = None, **engine_args: Any
+) -> Iterator[GuardedCore]:
+    """Args:
+    mode: the core obeys (see `obedient_core`).
+    """
     with tempfile.TemporaryDirectory(prefix="fp-", dir="/tmp") as name:
         folder = Path(name)
         key_dir = folder / "keys"
@@ -82,7 +90,14 @@ def guarded_core(host: str = "127.0.0.1", **engine_args: Any) -> Iterator[Guarde
         address = f"tcp://{host}:{free_port()}"
         args = EngineArgs(model="fake", key_dir=str(key_dir), **engine_args)
         ends: queue.Queue[EngineStartError] = queue.Queue()
-        process = CoreProcess(args.core_config(address), ends.put)
+        with pytest.MonkeyPatch.context() as patch:
+            if mode is not None:
+                command = [sys.executable, str(HERE / "obedient_core.py"), mode, "/dev/null"]
+                program = folder / "program"
+                program.write_text(f"#!/bin/sh\nexec {shlex.join(command)}\n")
+                program.chmod(0o700)
+                patch.setattr(sys, "executable", str(program))
+            process = CoreProcess(args.core_config(address), ends.put)
         try:
             yield GuardedCore(address, folder, key_dir, process, ends)
         finally:

@@ -48,6 +48,10 @@ def fail() -> None:
     raise AcceleratorError("the step failed\n  for a reason")
 
 
+def fail_with_a_file() -> None:
+    raise RuntimeError("cannot map /home/operator/weights at 0x7f001122")
+
+
 def obey(mode: str, gate: str) -> None:
     """Prepare what `mode` names, before the core starts."""
 
@@ -62,6 +66,8 @@ def obey(mode: str, gate: str) -> None:
         match mode:
             case "step raises":
                 runner.before_step = fail
+            case "step raises and names a file":
+                runner.before_step = fail_with_a_file
             case "step waits":
                 runner.before_step = Gate(gate).wait
             case "step waits and raises":

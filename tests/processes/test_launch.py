@@ -14,7 +14,9 @@ import psutil
 import pytest
 
 from footplate.frontend import AsyncLLMEngine, SamplingParams
+from footplate.frontend.link_keys import new_key_pair
 from footplate.protocol.errors import EngineDeadError
+from footplate.protocol.keys import Guest, make_client_key, make_server_key
 
 from .conftest import PATIENCE_S, Program, files_in, in_time, is_gone
 
@@ -90,6 +92,30 @@ async def test_it_serves_over_tcp(run: Run, tcp_address: str) -> None:
         assert len(await complete(engine)) == 5
     program.signal(signal.SIGTERM)
     assert program.status() == 0
+
+
+async def test_it_serves_over_tcp_with_keys(run: Run, tcp_address: str, folder: Path) -> None:
+    key_dir, pair, key_file = folder / "keys", new_key_pair(), folder / "alice.key"
+    make_server_key(key_dir, new_key_pair())
+    make_client_key(key_dir, "alice", pair, key_file, Guest(public_key=pair.public_key))
+    address = tcp_address.replace("127.0.0.1", "0.0.0.0")
+    program = launch(run, address, "--key-dir", str(key_dir))
+    wait_until_ready(program)  # its launcher has come in, with a key of its own
+    async with AsyncLLMEngine.connect(tcp_address, key_file=str(key_file)) as engine:
+        assert len(await complete(engine)) == 5
+    program.signal(signal.SIGTERM)
+    assert program.status() == 0
+
+
+def test_it_does_not_start_with_keys_that_others_can_read(
+    run: Run, tcp_address: str, folder: Path
+) -> None:
+    make_server_key(folder / "keys", new_key_pair())
+    (folder / "keys" / "server.key").chmod(0o644)
+    program = launch(run, tcp_address, "--key-dir", f"{folder}/keys")
+    assert program.status() == EX_CONFIG
+    said = program.rest()
+    assert f"chmod 600 {folder}/keys/server.key" in said and "Traceback" not in said
 
 
 # ---- ending
