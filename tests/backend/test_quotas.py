@@ -28,7 +28,7 @@ class Driver:
         runner = FakeModelRunner(ModelConfig(model="fake", max_model_len=40), cache, folder)
         self.core = EngineCore(runner, cache, SchedulerConfig(max_num_seqs=2), 1, lambda: 0.0)
         for client, peer in ((FIRST, ALICE), (SECOND, ALICE), (OTHER, BOB)):
-            self.core.join(client, peer)
+            self.core.join(client, b"", peer)
 
     def add(self, client: bytes, handle: int, prompt: int = 2, **fields: object) -> None:
         message = AddRequest(handle, [20] * prompt, PARAMS)
