@@ -17,6 +17,7 @@ from pathlib import Path
 
 import zmq
 
+from footplate.backend import fail_points
 from footplate.backend.core_files import CoreFiles
 from footplate.backend.engine_core import EngineCore
 from footplate.backend.inbox import Inbox, Joined, Left, Unreadable
@@ -62,6 +63,9 @@ def run_core(config: CoreConfig, death_line: int) -> None:
     """
     files = CoreFiles(config)
     _watch_death_line(death_line, files)
+    if fail_points.ENABLED:
+        logger.warning("%s is set: this core will fail on purpose", fail_points.VARIABLE)
+        fail_points.reach("start.begun")
     try:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         pulse = Pulse()
@@ -74,6 +78,8 @@ def run_core(config: CoreConfig, death_line: int) -> None:
                 ) from None
         outbox = Outbox()
         try:
+            if fail_points.ENABLED:
+                fail_points.reach("start.bound")
             core = _start(config, inbox)
             run_busy_loop(core, inbox, outbox, pulse)
         except Exception as error:
@@ -107,6 +113,8 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
     # First: a wrong name is found before a large model has been loaded.
     processors = load_processors(config.requests.logits_processors)
     runner = load_runner(config.model, config.cache, config.scheduler, phases.enter, processors)
+    if fail_points.ENABLED:
+        fail_points.reach("start.loaded")
     core = EngineCore(
         runner,
         config.cache,
@@ -148,7 +156,10 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
     blocking receive would add its wake-up latency to every token."""
     encoder = Encoder()
     while True:
-        for client, event in inbox.take(_patience(core, outbox)):
+        events = inbox.take(_patience(core, outbox))
+        # All but waiting counts: a loop may hang in a message or in a socket as well.
+        pulse.begin()
+        for client, event in events:
             match event:
                 case Joined(push=push):
                     outbox.join(client, push)
@@ -167,15 +178,19 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
                 case _:
                     if reply := core.handle(client, event):
                         outbox.send(client, encoder.encode(reply))
-        pulse.begin()
         core.step()
-        pulse.end()
-        for client, outputs in core.take_outputs():
+        to_send = core.take_outputs()
+        if fail_points.ENABLED and to_send:
+            fail_points.reach("core.outputs")
+        for client, outputs in to_send:
             if not outbox.send(client, encoder.encode(outputs)):
                 core.leave(client)
                 inbox.dismiss(client, "the client left too much of its output unread")
+        if fail_points.ENABLED and to_send:
+            fail_points.reach("core.sent")
         if outbox.has_backlog:
             outbox.flush()
+        pulse.end()
 
 
 def _patience(core: EngineCore, outbox: Outbox) -> float | None:
@@ -203,6 +218,8 @@ class _PhaseTimer:
         if phase != self._phase:
             self._close()
             self._phase = phase
+            if fail_points.ENABLED:
+                fail_points.reach(f"start.{phase.replace(' ', '_')}")
         self._announce(Progress(phase, fraction))
 
     def finish(self) -> dict[str, float]:

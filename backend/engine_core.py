@@ -5,6 +5,7 @@ tests drive it with plain calls, `core_process` drives it with ZeroMQ.
 import logging
 from collections.abc import Callable
 
+from footplate.backend import fail_points
 from footplate.backend.admission import Admission, RefusalError, handles_of, make_requests
 from footplate.backend.block_pool import BlockPool
 from footplate.backend.deadlines import Deadlines
@@ -233,6 +234,9 @@ class EngineCore:
         for request in self._deadlines.take_overdue(now):
             self._finish(request, FinishReason.DEADLINE)
         plan = self._scheduler.schedule(now)
+        if fail_points.ENABLED and plan.requests:
+            fail_points.reach("core.step", plan.requests)
+            fail_points.reach("runner.execute", plan.requests)
         result = self._runner.execute(plan)
         if not plan.requests:
             return

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import zmq
 
+from footplate.backend import fail_points
 from footplate.backend.engine_core import ClientId
 from footplate.backend.pulse import Pulse
 from footplate.protocol.codec import (
@@ -182,6 +183,8 @@ class Inbox:
                 client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            if fail_points.ENABLED:
+                fail_points.reach("inbox.receive")
             if len(frames) > MAX_FRAMES:
                 self._count_bad_message(f"{len(frames)} frames, the limit is {MAX_FRAMES}")
                 continue
