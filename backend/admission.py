@@ -14,7 +14,7 @@ from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Request
 from footplate.protocol.bounds import MAX_N, MAX_REPETITION_PATTERN, MAX_SEED
 from footplate.protocol.config import RequestConfig
-from footplate.protocol.messages import AddRequest, ErrorKind, ModelFacts
+from footplate.protocol.messages import AddRequest, ErrorKind, FinishReason, ModelFacts
 from footplate.protocol.token_params import LogitAdjustments, LogprobsRequest, TokenParams
 
 MAX_HANDLE = 2**63 - 1
@@ -34,8 +34,14 @@ def handles_of(message: AddRequest) -> range:
     return range(message.handle, message.handle + (message.n if is_range else 1))
 
 
-def make_requests(client: bytes, message: AddRequest, first_key: int, now: float) -> list[Request]:
-    """The requests of a valid message. They have one list of tokens until they run."""
+def make_requests(
+    client: bytes, message: AddRequest, first_key: int, now: float, share: bytes = b""
+) -> list[Request]:
+    """The requests of a valid message. They have one list of tokens until they run.
+
+    Args:
+        share: see `Request`.
+    """
     params, prompt = message.params, message.prompt_token_ids
     first = Request(
         key=first_key,
@@ -45,9 +51,11 @@ def make_requests(client: bytes, message: AddRequest, first_key: int, now: float
         num_prompt_tokens=len(prompt),
         params=params,
         priority=message.priority,
+        share=share,
         cache_salt=message.cache_salt,
         num_prior_tokens=len(message.prior_token_ids),
         arrival_time=now - message.age_s,
+        runs_alone=message.run_alone,
     )
     requests = [first]
     for index in range(1, message.n):
@@ -66,9 +74,11 @@ def _sibling(first: Request, index: int) -> Request:
         num_prompt_tokens=first.num_prompt_tokens,
         params=msgspec.structs.replace(first.params, seed=seed),
         priority=first.priority,
+        share=first.share,
         cache_salt=first.cache_salt,
         num_prior_tokens=first.num_prior_tokens,
         arrival_time=first.arrival_time,
+        runs_alone=first.runs_alone,
     )
 
 
@@ -96,6 +106,8 @@ class Admission:
         for handle in range(message.handle, message.handle + message.n):
             if handle in live:
                 raise RefusalError(f"handle {handle} is in use")
+        if message.request_id is not None:
+            _check_is_plain(message)
         self._check_prompt(message.prompt_token_ids)
         self._check_params(message.params)
         if message.prior_token_ids:
@@ -106,11 +118,15 @@ class Admission:
             _check_seconds("ttft_deadline_s", message.ttft_deadline_s)
         if message.deadline_s is not None:
             _check_seconds("deadline_s", message.deadline_s)
+        if not message.is_replay:
+            self._check_queue(message, backlog)
+
+    def _check_queue(self, message: AddRequest, backlog: Backlog) -> None:
         if (limit := self._config.max_num_queued_reqs) is not None:
-            _check_queue("reqs", limit, backlog.num_requests, message.n)
+            _check_room("reqs", limit, backlog.num_requests, message.n)
         if (limit := self._config.max_num_queued_tokens) is not None:
             num_tokens = len(message.prompt_token_ids)
-            _check_queue("tokens", limit, backlog.num_tokens, num_tokens)
+            _check_room("tokens", limit, backlog.num_tokens, num_tokens)
 
     def _check_prompt(self, prompt: list[int]) -> None:
         limit = self._max_model_len
@@ -122,27 +138,45 @@ class Admission:
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
             raise RefusalError(f"token ids{of} must be 0 to {self._vocab_size - 1}")
 
+    def end_of_prior(self, message: AddRequest) -> FinishReason | None:
+        """Why the prior output of a valid message has come to its end, if it has. The core that
+        produced it ended before it could tell. Grammars are not looked at.
+        """
+        prior = message.prior_token_ids
+        if not prior or not message.is_replay:
+            return None
+        params, num_tokens = message.params, len(message.prompt_token_ids) + len(prior)
+        # In the order of `reason_to_stop`.
+        if len(prior) > params.min_tokens and prior[-1] in params.stop_token_ids:
+            return FinishReason.STOP
+        if len(prior) >= params.max_tokens or num_tokens >= self._max_model_len:
+            return FinishReason.LENGTH
+        return FinishReason.REPETITION if _is_repetitive(params, prior) else None
+
     def _check_prior(self, message: AddRequest) -> None:
+        """Refuse a prior output that nobody can have produced; and one that has come to its end,
+        unless its request is run again and has to be told so."""
         params, prior = message.params, message.prior_token_ids
+        may_have_ended = message.is_replay
         num_tokens = len(message.prompt_token_ids) + len(prior)
-        if num_tokens >= self._max_model_len:
+        limit = self._max_model_len - 1 + may_have_ended
+        if num_tokens > limit:
             raise RefusalError(
-                f"prompt and prior output have {num_tokens} tokens, must be at most "
-                f"{self._max_model_len - 1}"
+                f"prompt and prior output have {num_tokens} tokens, must be at most {limit}"
             )
-        if len(prior) >= params.max_tokens:
+        if len(prior) >= params.max_tokens + may_have_ended:
             raise RefusalError(
-                f"there are {len(prior)} tokens of output already, must be fewer than max_tokens, "
-                f"which is {params.max_tokens}"
+                f"there are {len(prior)} tokens of output already, must be "
+                f"{'at most' if may_have_ended else 'fewer than'} max_tokens, which is "
+                f"{params.max_tokens}"
             )
         self._check_ids(" of the prior output", prior)
-        if not set(params.stop_token_ids).isdisjoint(prior[params.min_tokens :]):
+        could_stop = prior[params.min_tokens :]
+        if may_have_ended:
+            could_stop = could_stop[:-1]
+        if not set(params.stop_token_ids).isdisjoint(could_stop):
             raise RefusalError("the prior output has a stop token, which would have ended it")
-        if (
-            params.repetition is not None
-            and len(prior) >= params.min_tokens
-            and RepetitionDetector(params.repetition, prior).is_repeating
-        ):
+        if not may_have_ended and _is_repetitive(params, prior):
             raise RefusalError("the prior output is repetitive, which would have ended it")
 
     def _check_params(self, params: TokenParams) -> None:
@@ -199,12 +233,28 @@ class Admission:
         self._check_ids(" of logprobs", wanted.token_ids + wanted.prompt_token_ids)
 
 
+def _is_repetitive(params: TokenParams, prior: list[int]) -> bool:
+    return (
+        params.repetition is not None
+        and len(prior) >= params.min_tokens
+        and RepetitionDetector(params.repetition, prior).is_repeating
+    )
+
+
+def _check_is_plain(message: AddRequest) -> None:
+    """What is kept of a request with an id is its tokens."""
+    if message.n > 1:
+        raise RefusalError(f"n is {message.n}, with a request_id it must be 1")
+    if message.params.logprobs is not None:
+        raise RefusalError("a request with a request_id cannot have logprobs")
+
+
 def _check_seconds(name: str, seconds: float) -> None:
     if not 0 <= seconds < inf:  # NaN neither
         raise RefusalError(f"{name} is {seconds}, must be finite and at least 0")
 
 
-def _check_queue(what: str, limit: int, count: int, more: int) -> None:
+def _check_room(what: str, limit: int, count: int, more: int) -> None:
     if count + more > limit:
         raise RefusalError(
             f"{count} are queued and {more} more would exceed max_num_queued_{what}, which is "

@@ -95,6 +95,12 @@ class BlockPool:
             self._block_by_hash[name] = block
             self._content[block] = (name, tuple(token_ids))
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Drop the names of those that one request alone holds. What others hold too is theirs."""
+        for block in blocks:
+            if self._num_holders[block] == 1 and (content := self._content.pop(block, None)):
+                del self._block_by_hash[content[0]]
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give up one hold on each block of a sequence.
 

@@ -1,5 +1,6 @@
 """What an engine core leaves in the file system, so that it leaves nothing: the socket, the lock
-beside it, the sockets of its clients, the folder that was made for it."""
+and the record of its steps beside it, the sockets of its clients, the folder that was made for it.
+"""
 
 import fcntl
 import glob
@@ -23,10 +24,22 @@ class CoreFiles:
     def __init__(self, config: CoreConfig) -> None:
         self._socket = ipc_path(config.address)
         self._private_dir = config.private_dir
+        self._keeps_steps = False
         self._lock: int | None = None
         self._is_removed = False
         # The death line may end while the main thread makes files, and both may remove them.
         self._mutex = threading.Lock()
+
+    @property
+    def steps(self) -> Path | None:
+        """Where the record of steps is; None where there is no folder for it."""
+        if self._socket is not None:
+            return self._socket.with_name(f"{self._socket.name}.steps")
+        return None if self._private_dir is None else Path(self._private_dir) / "engine.steps"
+
+    def keep_steps(self) -> None:
+        """The core has failed: the next one at its address is to read who took part."""
+        self._keeps_steps = True
 
     @contextmanager
     def claim_address(self) -> Iterator[None]:
@@ -53,19 +66,26 @@ class CoreFiles:
         _remove_dead_sockets_beside(path)
 
     def remove(self) -> None:
-        """Remove socket, lock and private folder, once: when the lock is gone, another core may
-        be using the same names."""
+        """Remove socket and lock, once: when the lock is gone, another core may be using the same
+        names. The folder stays, for a core that takes this one's place."""
         with self._mutex:
             if self._is_removed:
                 return
             self._is_removed = True
+            owns_address = self._socket is None or self._lock is not None
+            if owns_address and self.steps is not None and not self._keeps_steps:
+                self.steps.unlink(missing_ok=True)
             if self._socket is not None and self._lock is not None:
                 _remove_dead_sockets_beside(self._socket)
                 if not _is_in_the_way(self._socket):
                     self._socket.unlink(missing_ok=True)
                 _lock_path(self._socket).unlink(missing_ok=True)
-            if self._private_dir is not None:
-                shutil.rmtree(self._private_dir, ignore_errors=True)
+
+    def remove_all(self) -> None:
+        """The parent is gone, so no other core will come: the private folder goes as well."""
+        self.remove()
+        if self._private_dir is not None:
+            shutil.rmtree(self._private_dir, ignore_errors=True)
 
 
 def _is_in_the_way(path: Path) -> bool:

@@ -18,8 +18,10 @@ from pathlib import Path
 import zmq
 
 from footplate.backend import fail_points
+from footplate.backend.cause import describe_cause
 from footplate.backend.core_files import CoreFiles
-from footplate.backend.engine_core import EngineCore
+from footplate.backend.engine_core import ClientId, EngineCore
+from footplate.backend.flight_recorder import FlightRecorder, RecordedRunner, read_suspects
 from footplate.backend.inbox import Inbox, Joined, Left, Unreadable
 from footplate.backend.logits.processor import load_processors
 from footplate.backend.outbox import Outbox
@@ -27,16 +29,20 @@ from footplate.backend.pulse import Pulse
 from footplate.backend.runner.load import load_runner
 from footplate.backend.structured.compiler import GrammarCompiler
 from footplate.backend.structured.interface import GrammarEngine
+from footplate.backend.termination import Terminated
 from footplate.protocol.codec import Encoder
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import AddressInUseError, FootplateError
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
+    AttachRequest,
     ControlReply,
     EngineFailed,
+    EngineStopping,
     GetStats,
     Goodbye,
     Hello,
+    Message,
     ModelFacts,
     Ping,
     Progress,
@@ -71,18 +77,28 @@ def run_core(config: CoreConfig, death_line: int) -> None:
         pulse = Pulse()
         with files.claim_address():
             try:
-                inbox = Inbox(context, config.address, pulse)
+                inbox = Inbox(context, config.address, pulse, read_suspects(files.steps))
             except zmq.ZMQError as error:
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
                 ) from None
         outbox = Outbox()
+        recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
+        core: EngineCore | None = None
         try:
             if fail_points.ENABLED:
                 fail_points.reach("start.bound")
-            core = _start(config, inbox)
-            run_busy_loop(core, inbox, outbox, pulse)
+            core = _start(config, inbox, recorder)
+            run_busy_loop(core, inbox, outbox, pulse, recorder)
+        except Terminated:
+            reason = "the engine was told to end"
+            inbox.announce(Refused("start", reason))
+            if core is not None and core.is_draining:
+                # It was emptied first, so nobody is going to start another in its place.
+                outbox.broadcast(Encoder().encode(EngineStopping(reason)))
+            raise
         except Exception as error:
+            files.keep_steps()
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
             inbox.announce(Refused("start", root_cause(error)))
             outbox.broadcast(Encoder().encode(EngineFailed(root_cause(error))))
@@ -105,7 +121,7 @@ def root_cause(error: BaseException) -> str:
     return text if isinstance(error, FootplateError) else f"{type(error).__name__}: {text}"
 
 
-def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
+def _start(config: CoreConfig, inbox: Inbox, recorder: FlightRecorder) -> EngineCore:
     phases = _PhaseTimer(inbox.announce)
     # The collector would look again and again at objects that live for ever: a third of the time
     # of imports, and half of that of loading weights.
@@ -116,7 +132,7 @@ def _start(config: CoreConfig, inbox: Inbox) -> EngineCore:
     if fail_points.ENABLED:
         fail_points.reach("start.loaded")
     core = EngineCore(
-        runner,
+        RecordedRunner(runner, recorder),
         config.cache,
         config.scheduler,
         epoch=secrets.randbits(63),
@@ -151,21 +167,27 @@ def _grammar_compiler(model: ModelFacts, wake: Callable[[], None]) -> GrammarCom
     return GrammarCompiler({"llguidance": make_llguidance}, wake)
 
 
-def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> None:
+def run_busy_loop(
+    core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse, recorder: FlightRecorder
+) -> None:
     """Drive `core` for ever. Sleeps only when there is nothing to do: between two steps a
     blocking receive would add its wake-up latency to every token."""
-    encoder = Encoder()
+    voice = _Voice(core, inbox, outbox)
     while True:
+        if not core.has_work:
+            recorder.clear()
         events = inbox.take(_patience(core, outbox))
         # All but waiting counts: a loop may hang in a message or in a socket as well.
         pulse.begin()
         for client, event in events:
             match event:
-                case Joined(push=push):
+                case Joined(push=push, session=session):
                     outbox.join(client, push)
-                    core.join(client)
-                case Left():
-                    core.leave(client)
+                    recorder.join(client, session)
+                    core.join(client, session)
+                case Left(for_good=for_good):
+                    core.leave(client, may_return=not for_good)
+                    recorder.leave(client)
                     outbox.leave(client)
                 case Unreadable(handle=handle, why=why):
                     core.refuse(client, handle, why)
@@ -174,23 +196,50 @@ def run_busy_loop(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) 
                 case GetStats(call=call):
                     # Only here the core's books and the inbox's come together.
                     stats = core.stats(inbox.num_bad_messages)
-                    outbox.send(client, encoder.encode(ControlReply(call, True, stats=stats)))
+                    voice.tell(client, ControlReply(call, True, stats=stats))
                 case _:
-                    if reply := core.handle(client, event):
-                        outbox.send(client, encoder.encode(reply))
+                    if isinstance(event, AttachRequest):
+                        recorder.renew()  # it may become another client's
+                    if answer := core.handle(client, event):
+                        voice.tell(client, answer)
         core.step()
+        for client, reply in core.take_replies():
+            voice.tell(client, reply)
         to_send = core.take_outputs()
         if fail_points.ENABLED and to_send:
             fail_points.reach("core.outputs")
         for client, outputs in to_send:
-            if not outbox.send(client, encoder.encode(outputs)):
-                core.leave(client)
-                inbox.dismiss(client, "the client left too much of its output unread")
+            voice.tell(client, outputs)
         if fail_points.ENABLED and to_send:
             fail_points.reach("core.sent")
         if outbox.has_backlog:
             outbox.flush()
         pulse.end()
+
+
+class _Voice:
+    """Tells clients what they are to be told; one that cannot be told is served no longer."""
+
+    def __init__(self, core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
+        self._core = core
+        self._inbox = inbox
+        self._outbox = outbox
+        self._encoder = Encoder()
+
+    def tell(self, client: ClientId, message: Message) -> None:
+        """Send one message, or keep it until there is room."""
+        try:
+            frame = self._encoder.encode(message)
+        except Exception as error:  # too large, or with a value that no message holds
+            logger.exception("a %s cannot be encoded", type(message).__name__)
+            self._dismiss(client, f"its output cannot be sent: {describe_cause(error)}")
+            return
+        if not self._outbox.send(client, frame):
+            self._dismiss(client, "the client left too much of its output unread")
+
+    def _dismiss(self, client: ClientId, reason: str) -> None:
+        self._core.leave(client, may_return=True)
+        self._inbox.dismiss(client, reason)
 
 
 def _patience(core: EngineCore, outbox: Outbox) -> float | None:
@@ -253,7 +302,7 @@ def _watch_death_line(death_line: int, files: CoreFiles) -> None:
         with suppress(OSError):
             while os.read(death_line, 4096):
                 pass  # the parent has nothing more to say; only the end counts
-        files.remove()
+        files.remove_all()
         sys.stderr.flush()
         # Not sys.exit: the main thread may be deep in a forward pass, and nothing of what it
         # holds is worth waiting for.

@@ -1,8 +1,9 @@
 """What clients are to be told at the next border between two steps, in columns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from footplate.backend.step import ScoredRows
 from footplate.protocol.messages import (
@@ -21,6 +22,7 @@ MAX_COLUMN_BYTES = 4 * 2**20
 # Why a request failed may be told in the words of code that is not ours.
 MAX_MESSAGE_CHARS = 2000
 FINISHED_BYTES = 32  # at most, beside the message
+MAX_RUN_TOKENS = 2**18  # in one message, of what a request has produced before
 
 
 class Columns(msgspec.Struct):
@@ -39,8 +41,14 @@ class Columns(msgspec.Struct):
 class Delivery:
     """Owns what has been produced and not been taken."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(
+        self, epoch: int, on_end: Callable[[bytes, Finished], None] = lambda client, end: None
+    ) -> None:
+        """Args:
+        on_end: called with every end that is to be told, and to whom.
+        """
         self._epoch = epoch
+        self._on_end = on_end
         self._columns: dict[bytes, Columns] = {}
         self._full: list[tuple[bytes, StepOutputs]] = []
 
@@ -65,8 +73,10 @@ class Delivery:
     ) -> None:
         """A request has ended."""
         columns = self.to(client)
-        text = _sendable(message)
-        columns.finished.append(Finished(handle, reason, text, kind))
+        text = _sendable(message) if message else message
+        finished = Finished(handle, reason, text, kind)
+        columns.finished.append(finished)
+        self._on_end(client, finished)
         self._weigh(client, columns, FINISHED_BYTES + 4 * len(text))
 
     def score(self, client: bytes, handle: int, position: int, rows: ScoredRows) -> None:
@@ -86,6 +96,23 @@ class Delivery:
             )
             self._weigh(client, columns, len(part.token_ids) + len(part.logprobs))
 
+    def tell_again(
+        self, client: bytes, handle: int, token_ids: list[int], started: Started | None
+    ) -> None:
+        """All that a request has produced so far, in messages of their own behind what has been
+        written already."""
+        if not token_ids:
+            return
+        if (written := self._columns.get(client)) is not None:
+            self._full.append((client, self._close(written)))
+        self._columns[client] = Columns()  # see `_weigh`
+        for position in range(0, len(token_ids), MAX_RUN_TOKENS):
+            run = token_ids[position : position + MAX_RUN_TOKENS]
+            columns = Columns([handle], [position], run)
+            if started is not None and not position:
+                columns.started.append(replace(started, handle=handle))
+            self._full.append((client, self._close(columns, [len(run)])))
+
     def _weigh(self, client: bytes, columns: Columns, num_bytes: int) -> None:
         columns.num_weighed_bytes += num_bytes
         if columns.num_weighed_bytes > MAX_COLUMN_BYTES:
@@ -93,12 +120,13 @@ class Delivery:
             # Still there, so that the client is known to have something to take.
             self._columns[client] = Columns()
 
-    def _close(self, c: Columns) -> StepOutputs:
+    def _close(self, c: Columns, counts: Sequence[int] = ()) -> StepOutputs:
         return StepOutputs(
             epoch=self._epoch,
             handles=c.handles,
             positions=c.positions,
             token_ids=c.token_ids,
+            counts=list(counts),
             started=c.started,
             finished=c.finished,
             logprobs=c.logprobs,

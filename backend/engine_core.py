@@ -3,21 +3,31 @@ tests drive it with plain calls, `core_process` drives it with ZeroMQ.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from footplate.backend import fail_points
-from footplate.backend.admission import Admission, RefusalError, handles_of, make_requests
+from footplate.backend.admission import (
+    MAX_HANDLE,
+    Admission,
+    RefusalError,
+    handles_of,
+    make_requests,
+)
 from footplate.backend.block_pool import BlockPool
 from footplate.backend.deadlines import Deadlines
 from footplate.backend.delivery import Delivery
+from footplate.backend.detached import DETACHED, Lease, Leases
+from footplate.backend.draining import Draining
 from footplate.backend.request import Request, State
 from footplate.backend.scheduler import Scheduler
-from footplate.backend.step import ModelRunner, StepPlan, StepResult, produced
+from footplate.backend.step import ModelRunner, StepPlan, StepResult, failures, produced
+from footplate.backend.step_guard import StepGuard
 from footplate.backend.structured.interface import CompiledGrammar, CompilesGrammars, GrammarError
 from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfig
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
+    Attached,
     AttachRequest,
     ControlReply,
     Drain,
@@ -52,8 +62,9 @@ Requested = (
 class EngineCore:
     """Owns the live requests of every client, by client and handle.
 
-    Every handle of every AddRequest gets exactly one `Finished`, whatever happens to it. The
-    scheduler holds a request until its grammar is compiled.
+    Every handle of every AddRequest and AttachRequest gets exactly one `Finished`, whatever happens
+    to it. The scheduler holds a request until its grammar is compiled. A request that has lost its
+    client and waits for it is `DETACHED`'s, under its key.
     """
 
     def __init__(
@@ -78,7 +89,7 @@ class EngineCore:
             enable_prefix_caching=caching,
         )
         self.epoch = epoch
-        self._runner = runner
+        self._guard = StepGuard(runner)
         self._clock = clock  # monotonic, seconds
         self._pool = BlockPool(facts.num_kv_blocks, cache.block_size)
         self._scheduler = Scheduler(
@@ -91,80 +102,209 @@ class EngineCore:
         )
         self._admission = Admission(facts.model, requests)
         self._deadlines = Deadlines()
-        self._delivery = Delivery(epoch)
-        self._requests: dict[ClientId, dict[int, Request]] = {}
+        self._leases = Leases(requests.lease_s, requests.lease_bytes, clock)
+        self._delivery = Delivery(epoch, self._leases.on_end)
+        self._draining = Draining()
+        self._replies: list[tuple[ClientId, Attached | ControlReply]] = []
+        self._requests: dict[ClientId, dict[int, Request]] = {DETACHED: {}}
+        self._sessions: dict[ClientId, bytes] = {}  # of clients that are here
         self._grammars = grammars
-        self._compiling: dict[int, list[Request]] = {}  # by the key of the first
+        # By the key of the first: who waits for a grammar, and how it ends then, if it does.
+        self._compiling: dict[int, tuple[list[Request], FinishReason | None]] = {}
         self._num_keys = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
+        self._num_corrupted_requests = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do now."""
-        return self._scheduler.has_work or bool(self._delivery)
+        """Whether `step` has anything to do now, or there is something to take."""
+        return (
+            self._scheduler.has_work
+            or bool(self._delivery or self._replies)
+            or (self._draining.is_awaited and not self._num_live)
+        )
 
     @property
     def seconds_to_deadline(self) -> float | None:
         """How long `step` may be left uncalled when there is no work; None is for ever."""
-        due = self._deadlines.next_due
-        return None if due is None else max(0.0, due - self._clock())
+        due = [self._deadlines.next_due, self._leases.next_due]
+        if self._draining.is_on and self._num_live:
+            due.append(self._draining.deadline)
+        first = min((time for time in due if time is not None), default=None)
+        return None if first is None else max(0.0, first - self._clock())
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether somebody has asked it to take no new requests."""
+        return self._draining.is_on
+
+    @property
+    def _num_live(self) -> int:
+        scheduler = self._scheduler
+        return scheduler.num_running + scheduler.num_waiting + scheduler.num_parked
+
+    # ---- clients come and go
+
+    def join(self, client: ClientId, session: bytes = b"") -> None:
+        """A client that may send requests from now on, until it leaves.
+
+        Args:
+            session: names the client across its connections, of which it has one at a time; empty
+                where nothing outlives this one.
+        """
+        assert client not in self._requests, "its requests would be out of reach"
+        self._requests[client] = {}
+        self._sessions[client] = session
+        if session:
+            self._leases.enter(session)
+
+    def leave(self, client: ClientId, may_return: bool = False) -> None:
+        """Free everything a client held, and forget it. Unknown clients are no error.
+
+        Args:
+            may_return: its connection is gone, and its session may have another. Its requests with
+                an id go on meanwhile.
+        """
+        live = self._requests.pop(client, None)
+        if live is None:
+            return
+        session = self._sessions.pop(client)
+        if session and may_return:
+            for lease in self._leases.leave(session):
+                self._detach(lease, live)
+            self._end_overdrawn()
+        elif session:
+            self._leases.end(session)
+        self._scheduler.finish_all(live.values(), FinishReason.ABORT)
+        if not session:
+            self._scheduler.forget(client)
+        self._forget_sessions()
+        self._delivery.forget(client)
+
+    def _detach(self, lease: Lease, live: dict[int, Request]) -> None:
+        request = lease.request
+        assert request is not None
+        if request.client == DETACHED:
+            return  # nobody has attached to it since
+        del live[request.handle]
+        self._requests[DETACHED][request.key] = request
+        self._leases.move(lease, DETACHED, request.key)
+        self._scheduler.resume([request])  # what nobody reads is kept now
+
+    def _end_overdrawn(self) -> None:
+        for request in self._leases.take_overdrawn():
+            if request.state is not State.FINISHED:
+                self._finish(request, FinishReason.ABORT)
+
+    def _forget_sessions(self) -> None:
+        for session in self._leases.take_gone():
+            self._scheduler.forget(session)
 
     # ---- what clients say
 
-    def join(self, client: ClientId) -> None:
-        """A client that may send requests from now on, until it leaves."""
-        assert client not in self._requests, "its requests would be out of reach"
-        self._requests[client] = {}
-
-    def leave(self, client: ClientId) -> None:
-        """Free everything a client held, and forget it. Unknown clients are no error."""
-        for request in self._requests.pop(client, {}).values():
-            self._scheduler.finish(request, FinishReason.ABORT)
-        self._scheduler.forget(client)
-        self._delivery.forget(client)
-
     def handle(self, client: ClientId, message: Requested) -> ControlReply | None:
-        """Apply one message. Control calls are answered at once."""
+        """Apply one message. Most control calls are answered at once, the others by
+        `take_replies`."""
         requests = self._requests.get(client)
         if requests is None:
             return None  # it left while its message was under way
         match message:
             case AddRequest():
                 self._add(client, requests, message)
+            case AttachRequest():
+                self._attach(client, requests, message)
             case AbortRequests(handles=handles):
-                for handle in handles:
-                    if request := requests.get(handle):
-                        self._finish(request, FinishReason.ABORT)
+                self._finish_all(_live_among(handles, requests), FinishReason.ABORT)
+            case ParkRequests(handles=handles):
+                self._scheduler.park(_live_among(handles, requests))
+            case ResumeRequests(handles=handles):
+                self._scheduler.resume(_live_among(handles, requests))
             case ResetPrefixCache(call=call):
                 ok = self._pool.forget_cached()
                 return ControlReply(call, ok, "" if ok else "requests are running")
             case GetStats(call=call):
                 return ControlReply(call, True, stats=self.stats())
+            case Drain():
+                return self._drain(client, message)
         return None
 
     def _add(self, client: ClientId, live: dict[int, Request], message: AddRequest) -> None:
+        session = self._sessions[client]
+        request_id = message.request_id if session else None
+        frame = b""
         try:
+            if self._draining.is_on and not message.is_replay:
+                raise RefusalError(
+                    "the engine is about to end and takes no new requests", ErrorKind.DRAINING
+                )
             self._admission.check(message, live, self._scheduler.backlog)
+            if request_id is not None:
+                frame = self._leases.encode(message)
+                self._make_free(session, request_id, message.is_replay)
         except RefusalError as refusal:
             logger.info("request %d refused: %s", message.handle, refusal)
             for handle in handles_of(message):
                 self.refuse(client, handle, str(refusal), refusal.kind)
             return
-        requests = make_requests(client, message, self._num_keys + 1, self._clock())
+        end, grammar = self._admission.end_of_prior(message), message.params.grammar
+        if end is not None and grammar is None:
+            for handle in handles_of(message):
+                self._delivery.end(client, handle, end)
+            return
+        requests = make_requests(client, message, self._num_keys + 1, self._clock(), session)
         self._num_keys += len(requests)
         for request in requests:
             live[request.handle] = request
             self._num_prompt_tokens += request.num_prompt_tokens
             if message.ttft_deadline_s is not None or message.deadline_s is not None:
                 self._deadlines.add(request, message.ttft_deadline_s, message.deadline_s)
+        if request_id is not None:
+            self._leases.add(session, request_id, frame, requests[0])
         # Held, they keep their place, and can end.
         self._scheduler.hold(requests)
-        if message.params.grammar is None:
+        if grammar is None:
             self._scheduler.release(requests)
         else:
-            self._compile(requests, message.params.grammar)
+            self._compile(requests, grammar, end)
+
+    def _make_free(self, session: bytes, request_id: str, is_replay: bool) -> None:
+        """Let a request have this id: one that has ended makes way, and so does one without a
+        client for its own replay."""
+        lease = self._leases.find(session, request_id)
+        if lease is None:
+            return
+        request = lease.request
+        if request is not None and not (is_replay and request.client == DETACHED):
+            raise RefusalError(f"request_id {request_id!r} is in use by a request that goes on")
+        self._leases.drop(lease)
+        if request is not None:
+            self._finish(request, FinishReason.ABORT)
+
+    def _attach(self, client: ClientId, live: dict[int, Request], message: AttachRequest) -> None:
+        handle = message.handle
+        lease = self._leases.find(self._sessions[client], message.request_id)
+        if lease is None or handle in live or not 0 <= handle <= MAX_HANDLE:
+            why = f"this session has no request of the id {message.request_id!r}: it was not sent, "
+            self.refuse(
+                client, handle, f"{why}it was aborted, or its lease has expired", ErrorKind.LOST
+            )
+            return
+        request = lease.request
+        if request is not None:
+            old_client, old_handle = request.client, request.handle
+            del self._requests[old_client][old_handle]
+            self._leases.move(lease, client, handle)
+            live[handle] = request
+            if old_client != DETACHED:  # it asks for what it has, and gets it under one name
+                self._delivery.end(old_client, old_handle, FinishReason.ABORT)
+            self._scheduler.resume([request])
+        self._replies.append((client, Attached(handle, lease.message(self._clock()))))
+        self._delivery.tell_again(client, handle, lease.output(), lease.started)
+        if (end := lease.end) is not None:
+            self._leases.on_answer(lease)
+            self._delivery.end(client, handle, end.reason, end.message, end.kind)
 
     def refuse(
         self, client: ClientId, handle: int, why: str, kind: ErrorKind = ErrorKind.INVALID
@@ -187,11 +327,40 @@ class EngineCore:
         del self._requests[request.client][request.handle]
         self._delivery.end(request.client, request.handle, reason, message, kind)
 
+    def _finish_all(self, requests: Iterable[Request], reason: FinishReason) -> None:
+        """As `_finish`, for many at once."""
+        requests = list(requests)
+        self._scheduler.finish_all(requests, reason)
+        for request in requests:
+            del self._requests[request.client][request.handle]
+            self._delivery.end(request.client, request.handle, reason)
+
+    # ---- ends that come with time
+
+    def _drain(self, client: ClientId, message: Drain) -> ControlReply | None:
+        seconds = message.timeout_s
+        if seconds is not None and not seconds >= 0:  # NaN neither
+            return ControlReply(message.call, False, f"timeout_s is {seconds}, must be at least 0")
+        deadline = None if seconds is None else self._clock() + seconds
+        self._draining.begin(client, message.call, deadline)
+        return None
+
+    def _end_overdue(self, now: float) -> None:
+        """End what has run out of time: its own, its lease's, or the engine's."""
+        for request in self._deadlines.take_overdue(now):
+            self._finish(request, FinishReason.DEADLINE)
+        for request in self._leases.take_overdue(now):
+            self._finish(request, FinishReason.ABORT)
+        self._forget_sessions()
+        if self._draining.deadline <= now:
+            left = [request for live in self._requests.values() for request in live.values()]
+            self._finish_all(left, FinishReason.ABORT)
+
     # ---- grammars
 
-    def _compile(self, requests: list[Request], grammar: Grammar) -> None:
+    def _compile(self, requests: list[Request], grammar: Grammar, end: FinishReason | None) -> None:
         """Release a request, or the siblings of one prompt, as soon as their grammar is compiled:
-        now, if it is."""
+        now, if it is. Or end them, if their output has come to its end."""
         key = requests[0].key
         outcome: CompiledGrammar | GrammarError | None
         if self._grammars is None:
@@ -199,26 +368,34 @@ class EngineCore:
         else:
             outcome = self._grammars.submit(key, grammar)
         if outcome is None:
-            self._compiling[key] = requests
+            self._compiling[key] = requests, end
         else:
-            self._on_compiled(requests, outcome)
+            self._on_compiled(requests, end, outcome)
 
     def _take_compiled(self) -> None:
         assert self._grammars is not None, "nobody compiles what is waited for"
         for key, outcome in self._grammars.take_finished():
-            self._on_compiled(self._compiling.pop(key), outcome)
+            self._on_compiled(*self._compiling.pop(key), outcome)
 
     def _on_compiled(
-        self, requests: list[Request], outcome: CompiledGrammar | GrammarError
+        self,
+        requests: list[Request],
+        end: FinishReason | None,
+        outcome: CompiledGrammar | GrammarError,
     ) -> None:
+        waited = [r for r in requests if r.state is State.HELD]  # not those that were aborted
         if isinstance(outcome, GrammarError):
+            for request in waited:
+                self._finish(request, FinishReason.ERROR, str(outcome), ErrorKind.GRAMMAR)
+        elif end is not None:
+            for request in waited:
+                # The end of a grammar comes before any other.
+                is_complete = _is_complete(outcome, request)
+                self._finish(request, FinishReason.STOP if is_complete else end)
+        else:
             for request in requests:
-                if request.state is State.HELD:  # it was not aborted meanwhile
-                    self._finish(request, FinishReason.ERROR, str(outcome), ErrorKind.GRAMMAR)
-            return
-        for request in requests:
-            request.grammar = outcome
-        self._scheduler.release(requests)
+                request.grammar = outcome
+            self._scheduler.release(requests)
 
     # ---- one step
 
@@ -231,13 +408,11 @@ class EngineCore:
         if self._compiling:
             self._take_compiled()
         now = self._clock()
-        for request in self._deadlines.take_overdue(now):
-            self._finish(request, FinishReason.DEADLINE)
+        self._end_overdue(now)
         plan = self._scheduler.schedule(now)
         if fail_points.ENABLED and plan.requests:
             fail_points.reach("core.step", plan.requests)
-            fail_points.reach("runner.execute", plan.requests)
-        result = self._runner.execute(plan)
+        plan, result = self._guard.execute(plan)
         if not plan.requests:
             return
         self._num_steps += 1
@@ -246,9 +421,9 @@ class EngineCore:
             request = plan.requests[index]
             self._delivery.score_prompt(request.client, request.handle, rows)
         self._tell_tokens(plan, result)
-        for row, error in result.errors.items():
-            request = plan.requests[plan.sampling[row]]
+        for request, error in failures(plan, result):
             logger.info("request %d failed: %s", request.handle, error.message)
+            self._num_corrupted_requests += error.is_corrupted
             del self._requests[request.client][request.handle]
             self._delivery.end(
                 request.client, request.handle, FinishReason.ERROR, error.message, error.kind
@@ -281,16 +456,37 @@ class EngineCore:
                 client = None  # these columns may be full
 
     def _started(self, request: Request, now: float) -> Started:
-        return Started(
+        started = Started(
             handle=request.handle,
             num_cached_tokens=request.num_cached_tokens,
             queue_time_s=request.scheduled_time - request.arrival_time,
             prefill_time_s=now - request.scheduled_time,
         )
+        self._leases.on_start(request.client, started)
+        return started
+
+    def take_replies(self) -> list[tuple[ClientId, Attached | ControlReply]]:
+        """What is to be told before the outputs, in order; each reply is handed out once.
+
+        Whoever waits for the last request's end is told when that is no news any more.
+        """
+        if self._draining.is_awaited and not self._num_live and not self._delivery:
+            self._replies += [
+                (client, ControlReply(call, True)) for client, call in self._draining.take_calls()
+            ]
+        replies, self._replies = self._replies, []
+        return replies
 
     def take_outputs(self) -> list[tuple[ClientId, StepOutputs]]:
         """What every client is to be told; each output is handed out once."""
-        return self._delivery.take()
+        outputs = self._delivery.take()
+        if self._requests[DETACHED] or any(client == DETACHED for client, _ in outputs):
+            for client, output in outputs:
+                if client == DETACHED:
+                    self._leases.count_tokens(output.handles)
+            self._end_overdrawn()
+            outputs = [(client, output) for client, output in outputs if client != DETACHED]
+        return outputs
 
     def stats(self, num_bad_messages: int = 0) -> Stats:
         """The books, as they stand between two steps."""
@@ -307,10 +503,30 @@ class EngineCore:
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
             num_bad_messages=num_bad_messages,
+            num_void_steps=self._guard.num_void_steps,
+            num_corrupted_requests=self._num_corrupted_requests,
+            num_parked=scheduler.num_parked,
+            num_detached=self._leases.num_detached,
         )
 
     def check_ledger(self) -> None:
         """Assert the invariants of scheduler, pool and request tables. For tests."""
         self._scheduler.check_ledger()
-        live = sum(len(requests) for requests in self._requests.values())
-        assert live == self._scheduler.num_running + self._scheduler.num_waiting
+        live = [r for requests in self._requests.values() for r in requests.values()]
+        assert len(live) == self._num_live
+        for client, requests in self._requests.items():
+            assert all((r.client, r.handle) == (client, h) for h, r in requests.items())
+        self._leases.check_ledger(live)
+
+
+def _is_complete(grammar: CompiledGrammar, request: Request) -> bool:
+    """Whether the grammar allows nothing behind the output that a request came with."""
+    try:
+        return grammar.start().advance(request.token_ids[request.num_prompt_tokens :])
+    except Exception:  # whatever the engine says of it, the output has an end already
+        return False
+
+
+def _live_among(handles: Iterable[int], live: dict[int, Request]) -> list[Request]:
+    """Each once, in the order of the handles."""
+    return [live[handle] for handle in dict.fromkeys(handles) if handle in live]

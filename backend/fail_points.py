@@ -3,9 +3,9 @@
 `FOOTPLATE_FAIL_POINTS` in the environment of the core holds rules, separated by semicolons:
 
     core.step:segfault@9                the process dies in its ninth step
-    core.step:raise#777                 every step fails that a request takes part in whose prompt
+    runner.execute:raise#777            every step fails that a request takes part in whose prompt
                                         holds token 777
-    core.step:hang#777@2                the second such step never ends
+    runner.execute:hang#777@2           the second such step never ends
     runner.execute:sleep=0.005;core.outputs:exit=12@40+
 
 A rule is a place, an action, and which passages count: with `#token` those with a marked request;
@@ -26,7 +26,8 @@ Places, in the order in which a core comes to them:
     start.loaded                the model is there, nobody has been told
     inbox.receive               a message has come; on the inbox's thread
     core.step                   a step is planned
-    runner.execute              the model runner is about to compute a plan, or a part of one
+    runner.execute              it is on record who takes part, and the model runner is about to
+                                compute the step, or a part of one that has failed
     core.outputs                a step is over, its outputs are about to be sent
     core.sent                   they have been sent
 

@@ -11,11 +11,14 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import zmq
+from msgspec.structs import replace
 
 from footplate.backend import fail_points
 from footplate.backend.engine_core import ClientId
+from footplate.backend.flight_recorder import Suspects, suspects_of
 from footplate.backend.pulse import Pulse
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
@@ -49,15 +52,26 @@ MAX_BATCHES = 64  # handed over and not yet taken; then clients feel back pressu
 @dataclass(frozen=True, slots=True)
 class Joined:
     """A client has said Hello. Its PUSH socket changes hands with this event: from here on it
-    belongs to whoever takes the event."""
+    belongs to whoever takes the event.
+
+    Attributes:
+        session: as its Hello has it.
+    """
 
     push: zmq.Socket[bytes]
+    session: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
     """A client has said Goodbye, its process is gone, or it was dismissed. The inbox has lost
-    interest in its PUSH: the monitor, too, belongs to whoever takes the event."""
+    interest in its PUSH: the monitor, too, belongs to whoever takes the event.
+
+    Attributes:
+        for_good: it said Goodbye; otherwise its session may come back.
+    """
+
+    for_good: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +89,28 @@ class Inbox:
     """Owns the ROUTER and, until a client has joined, its PUSH. Knows who is here; knows nothing
     of requests."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, pulse: Pulse) -> None:
-        """Bind `address`. Raises zmq.ZMQError when that is impossible."""
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        pulse: Pulse,
+        suspects: Suspects = MappingProxyType({}),
+    ) -> None:
+        """Bind `address`. Raises zmq.ZMQError when that is impossible.
+
+        Args:
+            suspects: what a Welcome says of the core before this one.
+        """
         self.num_bad_messages = 0
         self._pulse = pulse
+        self._suspects = suspects
         self._context = context
         self._address = address
         self._encoder = Encoder()
         self._decoder = client_message_decoder()
         self._batches: queue.Queue[list[InboxEvent]] = queue.Queue(MAX_BATCHES)
         self._monitors: dict[zmq.Socket[bytes], ClientId] = {}
-        self._clients: set[ClientId] = set()
+        self._clients: dict[ClientId, bytes] = {}  # and their sessions
         self._hopefuls: dict[ClientId, Hello] = {}  # came while the core was starting
         self._to_dismiss: queue.SimpleQueue[tuple[ClientId, str]] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -204,7 +229,8 @@ class Inbox:
         if isinstance(message, Hello):
             return self._greet(client, message)
         if isinstance(message, Goodbye):
-            return self._forget(client)  # it may be gone already: its PULL closed first
+            # It may be gone already: its PULL closed first.
+            return self._forget(client, for_good=True)
         if client not in self._clients:
             self._count_bad_message("a message from a client that has not said hello")
             return []
@@ -240,8 +266,12 @@ class Inbox:
         return []
 
     def _welcome(self, client: ClientId, hello: Hello) -> list[InboxEvent]:
+        assert isinstance(self._state, Welcome)
+        suspects = suspects_of(hello.session, self._suspects)
+        num_suspects = sum(map(len, self._suspects.values()))
+        welcome = replace(self._state, suspects=suspects, num_suspects=num_suspects)
         if client in self._clients:  # it asked again before it saw the answer
-            self._answer(client, self._state)
+            self._answer(client, welcome)
             return []
         try:
             push, monitor = self._connect_to(hello.output_endpoint)
@@ -250,9 +280,19 @@ class Inbox:
             return []
         self._poller.register(monitor, zmq.POLLIN)
         self._monitors[monitor] = client
-        self._clients.add(client)
-        self._answer(client, self._state)
-        return [(client, Joined(push))]
+        left = self._supersede(hello.session)
+        self._clients[client] = hello.session
+        self._answer(client, welcome)
+        return [*left, (client, Joined(push, hello.session))]
+
+    def _supersede(self, session: bytes) -> list[InboxEvent]:
+        """A session comes back: what is left of its old connection, if that has not been missed
+        yet, is in its way."""
+        events: list[InboxEvent] = []
+        for client in [c for c, known in self._clients.items() if session and known == session]:
+            self._answer(client, Refused("dismissed", "its session has another connection"))
+            events += self._forget(client)
+        return events
 
     def _connect_to(self, endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         push: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
@@ -268,10 +308,10 @@ class Inbox:
             raise
         return push, monitor
 
-    def _forget(self, client: ClientId) -> list[InboxEvent]:
+    def _forget(self, client: ClientId, *, for_good: bool = False) -> list[InboxEvent]:
         if client not in self._clients:
             return []
-        self._clients.remove(client)
+        del self._clients[client]
         monitor = next(m for m, owner in self._monitors.items() if owner == client)
         del self._monitors[monitor]
         self._poller.unregister(monitor)
@@ -279,7 +319,7 @@ class Inbox:
             # A client that was killed could not remove its socket file.
             endpoint = output_endpoint(self._address, client)
             Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
-        return [(client, Left())]
+        return [(client, Left(for_good))]
 
     def _on_monitor(self, monitor: zmq.Socket[bytes]) -> None:
         client = self._monitors.get(monitor)

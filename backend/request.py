@@ -22,6 +22,7 @@ class State(Enum):
     WAITING = auto()  # holds no KV blocks, has never run
     RUNNING = auto()  # holds KV blocks and takes part in every step the budget allows
     PREEMPTED = auto()  # lost its KV blocks; will recompute them
+    PARKED = auto()  # holds no KV blocks, and is not to be run: nobody reads what it produces
     FINISHED = auto()  # holds no KV blocks; out of the scheduler
 
     __hash__ = object.__hash__  # members are singletons; Enum's own is a Python function
@@ -33,6 +34,8 @@ class Event(Enum):
     RELEASE = auto()
     ADMIT = auto()
     PREEMPT = auto()
+    PARK = auto()
+    RESUME = auto()
     FINISH = auto()
 
     __hash__ = object.__hash__
@@ -43,17 +46,24 @@ TRANSITIONS = {
     (State.HELD, Event.RELEASE): State.WAITING,
     (State.HELD, Event.FINISH): State.FINISHED,
     (State.WAITING, Event.ADMIT): State.RUNNING,
+    (State.WAITING, Event.PARK): State.PARKED,
     (State.WAITING, Event.FINISH): State.FINISHED,  # aborted before its first step
     (State.RUNNING, Event.PREEMPT): State.PREEMPTED,
+    (State.RUNNING, Event.PARK): State.PARKED,
     (State.RUNNING, Event.FINISH): State.FINISHED,
     (State.PREEMPTED, Event.ADMIT): State.RUNNING,
+    (State.PREEMPTED, Event.PARK): State.PARKED,
     (State.PREEMPTED, Event.FINISH): State.FINISHED,
+    (State.PARKED, Event.RELEASE): State.WAITING,  # parked before its first step
+    (State.PARKED, Event.RESUME): State.PREEMPTED,
+    (State.PARKED, Event.FINISH): State.FINISHED,
 }
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Written by the scheduler only; the model runner reads it.
+    """Written by the scheduler only, and the engine core says whose it is; the model runner reads
+    it.
 
     Attributes:
         key: unique in the life of this core; runners key per-request state by it.
@@ -63,6 +73,7 @@ class Request:
             that have never run have one list in common.
         num_prompt_tokens: where the output starts in `token_ids`.
         num_prior_tokens: tokens of the output that it came with.
+        share: whose share of the service it uses; its client's, unless something else is said.
         arrival: counts requests; a smaller one came first.
         arrival_time: on the core's clock, in seconds.
         max_num_tokens: of prompt and output, where the request ends at the latest.
@@ -75,7 +86,12 @@ class Request:
             behind those from here on are still wanted, so they are not taken from the cache.
         repetition: notices when the output goes round in circles; None does not look.
         siblings: the other requests of the same AddRequest; None when it is alone.
+        is_unread: nobody reads what it produces. A request that is held is parked when it is
+            released.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission; -1 before.
+        runs_alone: nobody else takes part in its steps, until it has a new token.
+        short_at: how many tokens it had when others had to make room for its next one; -1 when that
+            never happened.
     """
 
     key: int
@@ -85,6 +101,7 @@ class Request:
     num_prompt_tokens: int
     params: TokenParams
     priority: int = 0
+    share: bytes = b""
     arrival: int = 0
     cache_salt: str = ""
     num_prior_tokens: int = 0
@@ -101,7 +118,13 @@ class Request:
     num_scored: int = 0
     repetition: RepetitionDetector | None = None
     siblings: Siblings | None = None
+    runs_alone: bool = False
+    short_at: int = -1
+    is_unread: bool = False
     finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.share = self.share or self.client
 
     @property
     def num_output_tokens(self) -> int:

@@ -6,6 +6,7 @@ et al., SOSP '23). Pure: requests in, plans out; no tensors, sockets, threads or
 """
 
 from bisect import insort
+from collections.abc import Iterable
 
 from footplate.backend.backlog import Backlog
 from footplate.backend.block_pool import BlockPool
@@ -14,7 +15,7 @@ from footplate.backend.prefix_cache import PrefixCache
 from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Event, Request, State
 from footplate.backend.siblings import Siblings
-from footplate.backend.step import StepPlan, StepResult, produced
+from footplate.backend.step import RowError, StepPlan, StepResult, produced
 from footplate.backend.stopping import reason_to_stop
 from footplate.backend.waiting_queue import WaitingQueue
 from footplate.protocol.config import SchedulerConfig
@@ -31,10 +32,17 @@ class Scheduler:
     is next of those that wait is the waiting queue's to say. The best ranked running request always
     progresses, whatever happens to the others, so nothing deadlocks.
 
+    A request that runs alone is admitted like any other. From then on steps are its own, until it
+    has its first token here or has ended; who runs besides keeps what it holds, and pauses. It got
+    the blocks of its whole prompt when it was admitted, so it waits for nobody meanwhile.
+
     Args:
         enable_prefix_caching: whether blocks are found again by what they hold.
         blocks_can_be_shared: False where state is not addressed by block: not by siblings either.
         max_scored_rows: see `RunnerFacts`.
+
+    Attributes:
+        num_parked: requests that hold no blocks and are not to be run.
     """
 
     def __init__(
@@ -59,8 +67,11 @@ class Scheduler:
         self._can_share = blocks_can_be_shared
         self._max_scored_rows = max_scored_rows
         self._running: list[Request] = []
+        self._alone: Request | None = None  # of those, the one whose steps are its own
+        self._max_num_running = config.max_num_seqs  # less for a while when memory was short
         self._waiting = WaitingQueue(self._by_priority)
         self._num_held = 0
+        self.num_parked = 0
         self._num_arrivals = 0
         self._rereading: list[Request] = []  # of the current plan, whose prompt is computed anew
         self._released: list[int] = []
@@ -90,7 +101,7 @@ class Scheduler:
         """Take in a new request, or all the siblings of one prompt. They keep their place, but
         wait to be released."""
         num_tokens = len(requests[0].token_ids)
-        assert 0 < num_tokens < self._max_model_len
+        assert 0 < num_tokens <= self._max_model_len
         for request in requests:
             request.arrival = self._num_arrivals
             self._num_arrivals += 1
@@ -113,25 +124,47 @@ class Scheduler:
                 self._queue(request)
 
     def _queue(self, request: Request) -> None:
-        self._num_held -= 1
-        request.advance(Event.RELEASE)
-        self._waiting.push(request)
+        assert len(request.token_ids) < self._max_model_len, "it has come to its end"
+        heir: Request | None = request
+        while heir is not None:
+            request = heir
+            self._num_held -= 1
+            request.advance(Event.RELEASE)
+            if not request.is_unread:
+                self._waiting.push(request)
+                return
+            heir = self._set_aside(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request from outside, between two steps."""
-        state = request.state
-        if state is State.RUNNING:
+        if request.state is State.RUNNING:
             self._running.remove(request)
-        elif state is State.HELD:
+        self._finish(request, reason)
+
+    def finish_all(self, requests: Iterable[Request], reason: FinishReason) -> None:
+        """End requests from outside, between two steps. None of them has ended before."""
+        for request in requests:
+            self._finish(request, reason)
+        self._drop_who_left()
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        state = request.state
+        if state is State.HELD:
             self._num_held -= 1
+        elif state is State.PARKED:
+            self.num_parked -= 1
         self._end(request, reason)
         if state is State.WAITING or state is State.PREEMPTED:
             self._waiting.discard(request)
+
+    def _drop_who_left(self) -> None:
+        self._running = [r for r in self._running if r.state is State.RUNNING]
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         was_held = request.state is State.HELD
         if request.state is State.RUNNING:
             self._take_blocks_from(request)
+            self._max_num_running = min(self._max_num_running + 1, self._config.max_num_seqs)
         request.advance(Event.FINISH)
         request.finish_reason = reason
         if request.num_cached_tokens < 0:
@@ -141,9 +174,40 @@ class Scheduler:
             if heir is not None and not was_held:
                 self._queue(heir)
 
-    def forget(self, client: bytes) -> None:
-        """A client has left, and its requests have ended."""
-        self._waiting.forget(client)
+    def park(self, requests: Iterable[Request]) -> None:
+        """Run these no further, between two steps. Those that are held may be made ready."""
+        for request in requests:
+            state = request.state
+            request.is_unread = True
+            if state is State.HELD or state is State.PARKED:
+                continue
+            if state is State.RUNNING:
+                self._take_blocks_from(request)
+            else:
+                self._waiting.discard(request)
+            if (heir := self._set_aside(request)) is not None:
+                self._queue(heir)
+        self._drop_who_left()
+
+    def _set_aside(self, request: Request) -> Request | None:
+        """Park who waits or has lost its blocks; who of its siblings computes their prompt now."""
+        request.advance(Event.PARK)
+        self.num_parked += 1
+        return None if request.siblings is None else request.siblings.replace(request)
+
+    def resume(self, requests: Iterable[Request]) -> None:
+        """Let these run again; no error for who is not parked. They have their old places."""
+        for request in requests:
+            request.is_unread = False
+            if request.state is State.PARKED:
+                self.num_parked -= 1
+                is_new = request.num_cached_tokens < 0
+                request.advance(Event.RELEASE if is_new else Event.RESUME)
+                self._waiting.push(request)
+
+    def forget(self, share: bytes) -> None:
+        """A client has left, or a session has ended, and its requests have."""
+        self._waiting.forget(share)
 
     # ---- before a step
 
@@ -155,12 +219,17 @@ class Scheduler:
         """
         plan = StepPlan()
         self._rereading.clear()
+        if self._alone is None:
+            self._admit_lone(now)
         if self._by_priority:
             self._admit_urgent(now)
-        budget = self._plan_running(plan, self._config.max_num_batched_tokens)
-        self._admit_waiting(plan, budget, now)
-        if len(plan.requests) == 1 and self._config.long_prefill_token_threshold:
-            self._lift_cap(plan)
+        if self._alone is not None:
+            self._plan_alone(plan, self._alone)
+        else:
+            budget = self._plan_running(plan, self._config.max_num_batched_tokens)
+            self._admit_waiting(plan, budget, now)
+            if len(plan.requests) == 1 and self._config.long_prefill_token_threshold:
+                self._lift_cap(plan)
         # Last, so that it covers who was preempted just now, even if readmitted at once.
         plan.released, self._released = self._released, []
         return plan
@@ -207,8 +276,11 @@ class Scheduler:
         all of them with its admission.
         """
         [request] = plan.requests
+        self._plan_alone(plan, request)
+
+    def _plan_alone(self, plan: StepPlan, request: Request) -> None:
         count = self._chunk(request, self._config.max_num_batched_tokens, is_alone=True)
-        plan.num_new_tokens = [count]
+        plan.requests, plan.num_new_tokens = [request], [count]
         if request.num_computed_tokens + count == len(request.token_ids):
             plan.sampling = [0]
 
@@ -232,6 +304,8 @@ class Scheduler:
         self._waiting.push(request)
 
     def _take_blocks_from(self, request: Request) -> None:
+        if request is self._alone:
+            self._alone = None
         self._pool.release(request.block_ids)
         request.block_ids = []
         request.num_computed_tokens = 0
@@ -240,8 +314,18 @@ class Scheduler:
         if request.siblings is not None:
             request.siblings.displaced(request)
 
+    def _admit_lone(self, now: float) -> None:
+        request = self._waiting.peek()
+        if request is not None and request.runs_alone:
+            self._try_admit(request, now)
+
     def _admit_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
-        while budget > 0 and (request := self._waiting.peek()) and self._try_admit(request, now):
+        while (
+            budget > 0
+            and (request := self._waiting.peek())
+            and not request.runs_alone  # not in a step that others are in already
+            and self._try_admit(request, now)
+        ):
             count = self._chunk(request, budget)
             if request.num_computed_tokens + count == len(request.token_ids):
                 plan.sampling.append(len(plan.requests))
@@ -255,7 +339,7 @@ class Scheduler:
         It is admitted before the budget is dealt out by rank, or the long prompt of a worse
         request would keep it waiting to its end.
         """
-        while (urgent := self._waiting.peek()) and self._worse_than(urgent):
+        while self._alone is None and (urgent := self._waiting.peek()) and self._worse_than(urgent):
             if not self._try_admit(urgent, now):
                 if not self._would_fit_instead_of_worse(urgent):
                     return
@@ -278,7 +362,7 @@ class Scheduler:
 
     def _try_admit(self, request: Request, now: float) -> bool:
         """Admit the first of the waiting, if there is a slot and there are blocks."""
-        if len(self._running) >= self._config.max_num_seqs:
+        if len(self._running) >= self._max_num_running:
             return False
         cached = self._cache.find(request)
         if not self._fits(request, cached):
@@ -299,6 +383,8 @@ class Scheduler:
             self._admit_first(request, now)
         request.advance(Event.ADMIT)
         insort(self._running, request, key=self._waiting.rank)
+        if request.runs_alone:
+            self._alone = request
         if request.siblings is not None:
             request.siblings.admitted(request)
 
@@ -317,7 +403,7 @@ class Scheduler:
             self.prefix_cache_queries += num_prompt_tokens
             self.prefix_cache_hits += request.num_cached_tokens
         num_left = len(request.token_ids) - request.num_computed_tokens
-        self._waiting.serve(request.client, num_left)
+        self._waiting.serve(request.share, num_left)
 
     def _fits(self, request: Request, cached: list[int]) -> bool:
         missing = self._num_blocks_for(len(request.token_ids)) - len(cached)
@@ -332,11 +418,13 @@ class Scheduler:
         """Apply what the runner computed for `plan`; return who finished.
 
         They have left the scheduler and carry their `finish_reason`; so have those of
-        `result.errors`, which are not among them.
+        `result.errors` and `result.failed`, which are not among them.
         """
+        for index in result.failed:
+            self.finish(plan.requests[index], FinishReason.ERROR)
         for row in result.errors:
             # Before its blocks get names: what it computed last may be what is wrong.
-            self.finish(plan.requests[plan.sampling[row]], FinishReason.ERROR)
+            self._fail(plan.requests[plan.sampling[row]], result.errors[row])
         self._count_computed(plan, result)
         finished = []
         for row in result.already_complete:
@@ -344,11 +432,14 @@ class Scheduler:
             self.finish(request, FinishReason.STOP)
             finished.append(request)
         pairs = produced(plan, result)
+        if self._alone is not None and pairs:
+            self._alone.runs_alone = False  # its first token: from now on it is like any other
+            self._alone = None
         if self._num_held:
             self._release_siblings(pairs)
         if self._waiting.is_shared:
             for request, _ in pairs:
-                self._waiting.serve(request.client, 1)
+                self._waiting.serve(request.share, 1)
         for request, token_id in pairs:
             token_ids = request.token_ids
             token_ids.append(token_id)
@@ -363,8 +454,28 @@ class Scheduler:
             if row not in result.errors:
                 self._complete(plan.requests[plan.sampling[row]], finished)
         if finished:
-            self._running = [r for r in self._running if r.state is State.RUNNING]
+            self._drop_who_left()
+        if result.short_of_memory:
+            self._make_room_for(plan.requests[min(result.short_of_memory)])
         return finished
+
+    def _fail(self, request: Request, error: RowError) -> None:
+        if error.is_corrupted:
+            # Where keys and values went wrong nobody knows, so all that have a name lose it. Who
+            # shares some of them finds out by itself.
+            self._pool.forget(request.block_ids[: request.num_registered_blocks])
+        self.finish(request, FinishReason.ERROR)
+
+    def _make_room_for(self, request: Request) -> None:
+        """A request did not fit into memory, not even alone: the last in rank gives way.
+
+        It does not come back before one of the others has ended, or it would be the next to find
+        no memory, or the next reason for another to find none.
+        """
+        request.short_at = len(request.token_ids)
+        if len(self._running) > 1:
+            self._preempt(self._running.pop())
+            self._max_num_running = len(self._running)
 
     def _count_computed(self, plan: StepPlan, result: StepResult) -> None:
         block_size, caching = self._block_size, self._caching
@@ -414,13 +525,15 @@ class Scheduler:
             assert request.num_computed_tokens < len(request.token_ids) < request.max_num_tokens
             assert request.num_computed_tokens <= len(request.block_ids) * self._block_size
             assert request.num_registered_blocks <= request.num_computed_tokens // self._block_size
+            assert request.runs_alone == (request is self._alone)
         for request in (*self._running, *waiting):
             if request.siblings is not None:
                 request.siblings.check_ledger(keys)
         new = [r for r in waiting if r.state is State.WAITING]
-        assert len(new) <= self.backlog.num_requests <= len(new) + self._num_held
+        num_hidden = self._num_held + self.num_parked
+        assert len(new) <= self.backlog.num_requests <= len(new) + num_hidden
         assert self.backlog.num_tokens >= 0
-        assert self._num_held >= 0
+        assert self._num_held >= 0 and self.num_parked >= 0
         self._pool.check_ledger(r.block_ids for r in self._running)
 
 

@@ -12,7 +12,7 @@ class Siblings:
 
     The first computes the prompt, and tells its logprobs if they are wanted. Then the others are
     let go: each shares the full blocks of the prompt with one that runs, and computes the rest of
-    the last one itself. When the first ends too early, the next takes its place.
+    the last one itself. When the first ends or is parked too early, the next takes its place.
 
     Attributes:
         num_shared_blocks: full blocks that all of them begin with; 0 where blocks cannot be shared.
@@ -45,7 +45,7 @@ class Siblings:
         return waited
 
     def replace(self, ended: Request) -> Request | None:
-        """The next one to compute the prompt, if it was `ended` that would have."""
+        """The next one to compute the prompt, if it was `ended` (or parked) that would have."""
         if ended is not self._first:
             return None
         while self._held:
@@ -53,6 +53,7 @@ class Siblings:
             if heir.state is State.HELD:
                 # It tells all of the prompt's logprobs: they are parts of one stream.
                 heir.num_scored = self._num_scored
+                ended.num_scored = ended.num_prompt_tokens
                 self._first, self._ready = heir, [heir]
                 return heir
         return None

@@ -35,10 +35,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """Why one request cannot go on. Its neighbours are not affected."""
+    """Why one request cannot go on. Its neighbours are not affected.
+
+    Attributes:
+        is_corrupted: what the model made of it is no number, so its keys and values are no good to
+            anybody either.
+    """
 
     kind: ErrorKind
     message: str
+    is_corrupted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,9 @@ class StepResult:
             `token_ids` means nothing.
         logprobs: of sampled tokens, by index into `plan.sampling`.
         prompt_logprobs: of prompt tokens, by index into `plan.requests`.
+        failed: requests of which nothing could be computed, and never will be, by index into
+            `plan.requests`. They stand in `plan.requests` only.
+        short_of_memory: likewise indices of those for which others must make room first.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -74,6 +83,18 @@ class StepResult:
     already_complete: set[int] = field(default_factory=set)
     logprobs: dict[int, ScoredRows] = field(default_factory=dict)
     prompt_logprobs: dict[int, ScoredRows] = field(default_factory=dict)
+    failed: dict[int, RowError] = field(default_factory=dict)
+    short_of_memory: set[int] = field(default_factory=set)
+
+
+def failures(plan: StepPlan, result: StepResult) -> list[tuple[Request, RowError]]:
+    """Who cannot go on, and why."""
+    if not result.failed and not result.errors:
+        return []
+    requests = plan.requests
+    found = [(requests[index], error) for index, error in result.failed.items()]
+    rows = [(requests[plan.sampling[row]], error) for row, error in result.errors.items()]
+    return found + rows
 
 
 def produced(plan: StepPlan, result: StepResult) -> list[tuple[Request, int]]:

@@ -1,5 +1,7 @@
 """Who is next: first come, first served within a client, and a fair share between clients.
 
+A client is whoever has a share of the service: a connection, or a session that outlives its own.
+
 The Virtual Token Counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI '24,
 algorithm 2): the client that has been served the fewest tokens goes first. Who comes back from
 idleness is lifted to the least served of those that wait: a share is not saved up.
@@ -20,8 +22,9 @@ class _Line:
 
     num_served: int = 0
     num_waiting: int = 0
-    # Finished requests stay until they surface or are too many.
+    # Requests that wait no longer stay until they surface, are too many, or wait again.
     heap: list[tuple[Rank, Request]] = field(default_factory=list)
+    gone: set[int] = field(default_factory=set)  # their keys
 
 
 class WaitingQueue:
@@ -44,7 +47,7 @@ class WaitingQueue:
         """All that wait, in no particular order."""
         for line in self._lines.values():
             for _, request in line.heap:
-                if request.state is not State.FINISHED:
+                if request.key not in line.gone:
                     yield request
 
     @property
@@ -59,12 +62,15 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         """Let a request wait."""
-        line = self._lines.get(request.client)
+        line = self._lines.get(request.share)
         if line is None:
-            line = self._lines[request.client] = _Line()
+            line = self._lines[request.share] = _Line()
         if not line.num_waiting:
             self._lift(line)
-        heappush(line.heap, (self.rank(request), request))
+        if request.key in line.gone:
+            line.gone.remove(request.key)  # it is still in its place, which is for life
+        else:
+            heappush(line.heap, (self.rank(request), request))
         line.num_waiting += 1
         self._num_waiting += 1
 
@@ -83,23 +89,25 @@ class WaitingQueue:
 
     def _key(self, request: Request) -> tuple[int, int, Rank]:
         rank = self.rank(request)
-        return (rank[0], self._lines[request.client].num_served, rank)
+        return (rank[0], self._lines[request.share].num_served, rank)
 
     def pop(self) -> Request:
         """Take out who is next."""
         request = self.peek()
         assert request is not None
-        line = self._lines[request.client]
+        line = self._lines[request.share]
         heappop(line.heap)
         self._leave(line)
         return request
 
     def discard(self, request: Request) -> None:
-        """A request that waited has finished."""
-        line = self._lines[request.client]
+        """A request that waited does so no longer: it has finished, or is parked."""
+        line = self._lines[request.share]
         self._leave(line)
-        if len(line.heap) > 2 * line.num_waiting + 64:
-            line.heap = [entry for entry in line.heap if entry[1].state is not State.FINISHED]
+        line.gone.add(request.key)
+        if len(line.gone) > line.num_waiting + 64:
+            line.heap = [entry for entry in line.heap if entry[1].key not in line.gone]
+            line.gone.clear()
             heapify(line.heap)
 
     def _leave(self, line: _Line) -> None:
@@ -121,19 +129,20 @@ class WaitingQueue:
         """Assert what must hold between two calls. For tests."""
         assert self._num_waiting == sum(1 for _ in self)
         for client, line in self._lines.items():
-            live = [r for _, r in line.heap if r.state is not State.FINISHED]
-            assert line.num_waiting == len(live)
+            live = [r for _, r in line.heap if r.key not in line.gone]
+            assert line.num_waiting == len(live) == len(line.heap) - len(line.gone)
             assert {r.state for r in live} <= {State.WAITING, State.PREEMPTED}
-            assert {r.client for r in live} <= {client}
+            assert {r.share for r in live} <= {client}
             for index, entry in enumerate(line.heap[1:], 1):
                 assert line.heap[(index - 1) // 2][0] < entry[0], "a line is no heap"
 
 
 def _first(line: _Line) -> Request | None:
-    """Who is next of one client. What has finished and surfaced is dropped."""
+    """Who is next of one client. Who waits no longer and has surfaced is dropped."""
     while line.heap:
         request = line.heap[0][1]
-        if request.state is not State.FINISHED:
+        if request.key not in line.gone:
             return request
         heappop(line.heap)
+        line.gone.remove(request.key)
     return None

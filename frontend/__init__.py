@@ -6,6 +6,7 @@ Imports neither torch nor `footplate.backend`.
 from footplate.frontend.async_llm_engine import AsyncLLMEngine
 from footplate.frontend.beam_params import BeamSearchParams
 from footplate.frontend.engine_args import EngineArgs
+from footplate.frontend.health import Health, Restart
 from footplate.frontend.llm import LLM
 from footplate.frontend.logprobs import FlatLogprobs, Logprob
 from footplate.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -24,12 +25,14 @@ __all__ = [
     "CompletionOutput",
     "EngineArgs",
     "FlatLogprobs",
+    "Health",
     "Logprob",
     "RepetitionDetectionParams",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "RequestStream",
+    "Restart",
     "SamplingParams",
     "StructuredOutputsParams",
 ]

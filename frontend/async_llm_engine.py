@@ -1,5 +1,6 @@
 """The client object: an LLM engine as an asyncio application sees it."""
 
+import math
 import random
 from collections.abc import AsyncGenerator, Iterable
 from types import TracebackType
@@ -12,16 +13,20 @@ from footplate.frontend.beam_search import BeamSearch
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineState
+from footplate.frontend.health import Health
 from footplate.frontend.outputs import RequestOutput
 from footplate.frontend.prompts import Prompt, parse_prompt, resolve_max_tokens
 from footplate.frontend.request_preparation import RequestPreparation
 from footplate.frontend.request_schedule import RequestSchedule
-from footplate.frontend.session import ProgressCallback, Session
+from footplate.frontend.session import ProgressCallback, RestartCallback, Session
 from footplate.frontend.stream import RequestStream
+from footplate.frontend.supervisor import Supervisor
 from footplate.frontend.text import Tokenizer
+from footplate.protocol.bounds import require_number
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineError,
+    EngineNotReadyError,
     InvalidParameterError,
     InvalidRequestError,
 )
@@ -66,26 +71,39 @@ class AsyncLLMEngine:
         tokenizer: str | None = None,
         start_timeout_s: float | None = None,
         on_progress: ProgressCallback | None = None,
+        on_restart: RestartCallback | None = None,
     ) -> None:
         """See `from_engine_args` and `connect`, which say what goes together."""
         args = engine_args or EngineArgs()
-        if start_timeout_s is None:
-            start_timeout_s = args.start_timeout_s
         self._client = EngineClient()
-        self._session = Session(args, address, self._client, start_timeout_s, on_progress)
+        self._session = Session(
+            self._client,
+            Supervisor(args) if address is None else None,
+            address,
+            args.start_timeout_s if start_timeout_s is None else start_timeout_s,
+            patience=args.patience,
+            on_progress=on_progress,
+            on_restart=on_restart,
+        )
         self._preparation = RequestPreparation(self._session, tokenizer or args.tokenizer)
         self._random = random.Random()
 
     @classmethod
     def from_engine_args(
-        cls, engine_args: EngineArgs | None = None, *, on_progress: ProgressCallback | None = None
+        cls,
+        engine_args: EngineArgs | None = None,
+        *,
+        on_progress: ProgressCallback | None = None,
+        on_restart: RestartCallback | None = None,
     ) -> Self:
-        """An engine with a core process of its own.
+        """An engine with a core process of its own. When that dies or hangs, another takes its
+        place, and every stream goes on where it was.
 
         Args:
             on_progress: called with each phase of start-up and how far it is (0 to 1).
+            on_restart: called when a core has been replaced.
         """
-        return cls(engine_args, on_progress=on_progress)
+        return cls(engine_args, on_progress=on_progress, on_restart=on_restart)
 
     @classmethod
     def connect(
@@ -94,15 +112,22 @@ class AsyncLLMEngine:
         *,
         tokenizer: str | None = None,
         timeout_s: float = CONNECT_TIMEOUT_S,
+        on_restart: RestartCallback | None = None,
     ) -> Self:
         """An engine that was launched elsewhere (`footplate-engine`), at the default address or
-        another. Shutting this object down leaves that engine running.
+        another. Shutting this object down leaves that engine running. When its core dies, streams
+        go on in the one that takes its place.
 
         Args:
             tokenizer: folder of the tokenizer, if the engine's own cannot be read from here.
+            timeout_s: for the engine to answer, now and when its core is replaced.
+            on_restart: called when streams go on in another core.
         """
         return cls(
-            address=address or default_address(), tokenizer=tokenizer, start_timeout_s=timeout_s
+            address=address or default_address(),
+            tokenizer=tokenizer,
+            start_timeout_s=timeout_s,
+            on_restart=on_restart,
         )
 
     # ---- life
@@ -134,6 +159,35 @@ class AsyncLLMEngine:
     ) -> None:
         self.shutdown()
 
+    async def drain(self, timeout_s: float | None = None) -> None:
+        """Take no new requests, and return when the core has none left.
+
+        The core refuses those of its other clients as well. Then `shutdown` loses nothing.
+
+        Args:
+            timeout_s: requests that are left then end with finish reason `abort`. None waits for
+                ever.
+        """
+        if timeout_s is not None:
+            require_number("timeout_s", timeout_s, 0.0, math.inf)
+        await self._session.drain(timeout_s)
+
+    async def replace_core(self, engine_args: EngineArgs) -> None:
+        """Go on with another core: new weights of the same architecture, other limits. It is
+        started beside the one there is, which serves until the other is ready; then every stream
+        goes on in that one, behind the tokens it has. `CompletionOutput.weights_versions` says from
+        which position on which weights made them.
+
+        Args:
+            engine_args: of the new core, and of those that take its place later.
+
+        Raises:
+            EngineStartError: the new core could not start. The old one goes on.
+            EngineError: it has another architecture or vocabulary, or this engine is somebody
+                else's; likewise.
+        """
+        await self._session.replace_core(engine_args)
+
     def start_background_loop(self) -> None:
         """Begin to start without waiting; needs a running loop. The name is vLLM's."""
         if self.errored:
@@ -148,7 +202,7 @@ class AsyncLLMEngine:
 
     @property
     def is_running(self) -> bool:
-        """Whether requests can be served now."""
+        """Whether requests can be served now; not while the core is being replaced."""
         return self._session.state is EngineState.SERVING
 
     @property
@@ -158,7 +212,7 @@ class AsyncLLMEngine:
 
     @property
     def errored(self) -> bool:
-        """Whether the engine has ended without being asked to."""
+        """Whether the engine has ended without being asked to, and no other core has come."""
         return self._session.dead_error is not None
 
     @property
@@ -166,13 +220,37 @@ class AsyncLLMEngine:
         """What requests are answered with after the engine's death, or would be."""
         return self._session.dead_error or EngineDeadError("the engine core is not running")
 
+    async def health(self) -> Health:
+        """How the engine is: the core's process is asked, and its answer waited for (a second at
+        most). It answers during a step as well."""
+        return await self._session.health()
+
     async def check_health(self) -> None:
-        """Return if the engine serves requests.
+        """Return if the engine serves requests and gets on with them.
 
         Raises:
+            EngineNotReadyError: its core is being replaced, does not answer, or is stuck in a step.
             EngineError: it has died, was shut down, or has not been started.
         """
         self._session.require_serving()
+        health = await self._session.health()
+        self._session.require_serving()
+        if not health.is_alive:
+            raise EngineNotReadyError("the engine core does not answer")
+        if not health.is_ready and health.state == "serving":
+            raise EngineNotReadyError(
+                f"the engine core has been in one step for {health.last_step_age_s:.1f} s"
+            )
+
+    @property
+    def engine_restarts(self) -> int:
+        """How often a core has been replaced."""
+        return self._session.num_restarts
+
+    @property
+    def requests_replayed(self) -> int:
+        """How many requests were given to another core, all restarts together."""
+        return self._session.num_replayed
 
     @property
     def process_id(self) -> int | None:
@@ -215,6 +293,7 @@ class AsyncLLMEngine:
             InvalidRequestError: the request was refused; nothing has been sent.
             QueueOverflowError: too many requests wait already.
             RequestFailedError: the core could not finish this request.
+            EngineDrainingError: the engine takes no new requests.
             EngineError: the engine could not start, has died or was shut down.
         """
         stream = await self.add_request(
@@ -247,6 +326,7 @@ class AsyncLLMEngine:
         """Start one request and return its stream, which the caller iterates to its end or closes:
         a stream that is only dropped runs on. For arguments and errors see `generate`."""
         await self._session.ensure_started()
+        self._session.require_open()
         params = SamplingParams() if params is None else params
         schedule = RequestSchedule(priority, arrival_time, ttft_deadline_s, deadline_s)
         self._check_arguments(request_id, params, schedule)
@@ -260,6 +340,8 @@ class AsyncLLMEngine:
             schedule.metrics(),
             self._abandon,
             requests.stream_interval,
+            requests.max_unread_tokens,
+            self._client.notices,
         )
         # Opened before the prompt is encoded: from here on the id is taken, and can be aborted.
         self._client.open(stream)
@@ -298,6 +380,7 @@ class AsyncLLMEngine:
             request_id: names the output; the requests of the beams have ids that begin with it.
         """
         await self._session.ensure_started()
+        self._session.require_open()
         if not isinstance(params, BeamSearchParams):
             raise InvalidRequestError(
                 f"beam search params must be BeamSearchParams, got {type(params).__name__}"
@@ -361,7 +444,7 @@ class AsyncLLMEngine:
     def _abort(self, request_ids: Iterable[str]) -> None:
         message = self._client.abort(request_ids)
         if message is not None:
-            self._session.send(message)
+            self._client.notices.abort(message.handles)
 
     def _abandon(self, stream: RequestStream) -> None:
         self._abort([stream.request_id])

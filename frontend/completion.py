@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from footplate.frontend.logprobs import Logprobs, ScoredTokens
 from footplate.frontend.output_text import OutputText
-from footplate.frontend.outputs import CompletionOutput
+from footplate.frontend.outputs import CompletionOutput, WeightsVersions
 from footplate.protocol.messages import Finished, FinishReason, LogprobRows
 from footplate.protocol.params import RequestOutputKind, SamplingParams
 
@@ -20,9 +20,11 @@ class Completion:
     """Owns all that the client knows of one handle. The engine client pushes; the stream it is
     part of takes.
 
-    What has arrived and has not been taken is merged into the next output, so a slow consumer
-    costs no memory beyond its own tokens. Text is made when it is taken, or at arrival if a stop
-    string could end the completion there.
+    What has arrived and has not been taken is merged into the next output. When that is more than
+    the stream's `max_unread_tokens`, and an output is due, the core is asked to park the request
+    until the consumer has taken it: a slow consumer costs no more memory than that. One that wants
+    nothing but the end has nothing to take before. Text is made when it is taken, or at arrival if
+    a stop string could end the completion there.
 
     It and its stream know each other, a cycle that only the collector could free: for as long as
     it is live, therefore, and no longer. The engine client cuts the tie with `forget_stream`.
@@ -31,16 +33,20 @@ class Completion:
     __slots__ = (
         "_due_at",
         "_finish_reason",
+        "_look_at",
+        "_max_unread",
         "_num_taken",
         "_seen_text",
         "_stop_reason",
         "_token_ids",
         "handle",
         "index",
+        "is_parked",
         "is_waiting",
         "scored",
         "stream",
         "text",
+        "weights_versions",
     )
 
     def __init__(self, stream: "RequestStream", index: int, handle: int) -> None:
@@ -54,9 +60,13 @@ class Completion:
         self.text: OutputText | None = None  # set when the prompt has been encoded
         self.scored: ScoredTokens | None = None  # likewise, if logprobs were asked for
         self.is_waiting = False  # sent, and not started
+        self.weights_versions: WeightsVersions = ()
         # How many tokens there must be for an output: the first and the end have one of their own.
         # `NEVER` when the last has been taken, and where only that one is wanted.
         self._due_at = NEVER if stream.is_final_only else 1
+        self.is_parked = False
+        self._max_unread = NEVER if stream.is_final_only else stream.max_unread_tokens or NEVER
+        self._look_at = self._max_unread  # up to here too few are unread for a closer look
         self._token_ids: list[int] = []
         self._num_taken = 0
         self._seen_text = ""
@@ -81,6 +91,14 @@ class Completion:
         """Output tokens received."""
         return self._token_ids.copy()
 
+    def note_weights(self, version: str) -> None:
+        """What comes from here on is made by weights of this name."""
+        position, versions = len(self._token_ids), self.weights_versions
+        if versions and versions[-1][0] == position:
+            versions = versions[:-1]
+        if not versions or versions[-1][1] != version:
+            self.weights_versions = (*versions, (position, version))
+
     def push(self, token_ids: Sequence[int], now: float) -> bool:
         """Take tokens that follow those received so far; True if a stop string ended it.
 
@@ -104,9 +122,21 @@ class Completion:
             self._stop_reason = text.stop
             self.end(FinishReason.STOP)
             return True
-        if len(self._token_ids) >= self._due_at:
+        num_tokens = len(self._token_ids)
+        if num_tokens >= self._due_at:
             self.stream.wake()
+            if num_tokens > self._look_at:
+                self._look_at_unread(num_tokens)
         return False
+
+    def _look_at_unread(self, num_tokens: int) -> None:
+        # An output came due with `_due_at`, so there has been something to read.
+        limit = max(self._num_taken + self._max_unread, self._due_at)
+        if num_tokens <= limit:
+            self._look_at = limit
+        elif not self.is_parked:
+            self.is_parked = True
+            self.stream.notices.park(self.handle)
 
     def push_logprobs(self, rows: LogprobRows) -> bool:
         """Take what belongs to tokens that are about to be pushed; False if some are missing.
@@ -137,6 +167,7 @@ class Completion:
 
     def forget_stream(self) -> None:
         """Nothing more will be pushed."""
+        self.is_parked = False
         del self.stream
 
     # ---- taken
@@ -170,6 +201,9 @@ class Completion:
             start, token_ids, text = 0, self._token_ids.copy(), self._seen_text
         self._num_taken = num_tokens
         self._due_at = NEVER if reason is not None else num_tokens + interval
+        if self.is_parked:
+            self.is_parked = False
+            self.stream.notices.resume(self.handle)
         logprobs: Logprobs | None = None
         cumulative: float | None = None
         if self.scored is not None:
@@ -183,4 +217,5 @@ class Completion:
             self._stop_reason,
             logprobs,
             cumulative,
+            self.weights_versions,
         )

@@ -30,6 +30,7 @@ from footplate.protocol.messages import (
     Goodbye,
     Hello,
     Message,
+    Pong,
     Progress,
     Refused,
     Welcome,
@@ -51,17 +52,20 @@ class Connection:
     def __init__(
         self,
         address: str,
+        session: bytes,
         on_messages: Callable[[list[CoreMessage]], None],
         on_lost: Callable[[str], None],
         on_progress: Callable[[Progress], None],
     ) -> None:
         """Args:
+        session: names this client to the core beyond this connection.
         on_messages: called with all that one wake-up of the event loop brought, in order.
         on_lost: called with the reason when the core has closed the link, or serves us no
             longer. While `open` waits it goes on waiting, until it is told to `refuse`.
         """
         self.num_bad_messages = 0
         self._address = address
+        self._session = session
         self._on_messages = on_messages
         self._on_lost = on_lost
         self._on_progress = on_progress
@@ -120,7 +124,7 @@ class Connection:
             self._loop.add_reader(cast(int, socket.get(zmq.FD)), read)
             read()  # a descriptor reports nothing before its socket has been found empty once
         self._dealer.connect(self._address)
-        self.send(Hello(PROTOCOL_VERSION, self._endpoint))
+        self.send(Hello(PROTOCOL_VERSION, self._endpoint, self._session))
         try:
             async with asyncio.timeout(timeout_s):
                 welcome = await self._welcome
@@ -185,6 +189,12 @@ class Connection:
                 self._loop.call_later(UNSENT_RETRY_S, self._send_unsent)
             self._unsent.append(frames)
 
+    def send_now(self, message: Message) -> None:
+        """Send one message, or nothing: for what is of no use later."""
+        with suppress(zmq.ZMQError):
+            self._dealer.send(self._encode(message), zmq.NOBLOCK)
+            self._look_again()
+
     async def has_room(self) -> None:
         """Wait until the core has taken what `send` could not get rid of."""
         while self._unsent:
@@ -197,10 +207,13 @@ class Connection:
             self._dealer.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return False
+        self._look_again()
+        return True
+
+    def _look_again(self) -> None:
         # A send may swallow the edge by which the file descriptor reports an arrival.
         if cast(int, self._dealer.get(zmq.EVENTS)) & zmq.POLLIN:
             self._loop.call_soon(self._read_dealer)
-        return True
 
     def _send_unsent(self) -> None:
         while self._unsent and not self._dealer.closed and self._try_send(self._unsent[0]):
@@ -227,6 +240,8 @@ class Connection:
             match message:
                 case Progress():
                     self._on_progress(message)
+                case Pong():
+                    self._on_messages([message])
                 case Welcome() if not self._welcome.done():
                     self._welcome.set_result(message)
                 case Refused(reason=reason) if self._welcome.done():

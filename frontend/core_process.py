@@ -5,7 +5,6 @@ guard is needed, and it works in notebooks and under any event loop.
 """
 
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -25,6 +24,8 @@ from footplate.protocol.messages import Refused
 # A core exits within milliseconds of the end of its death line; one that does not is hung, and the
 # event loop waits with us.
 STOP_TIMEOUT_S = 0.5
+# One that is asked to end finishes its step, and tells its clients.
+TERMINATE_TIMEOUT_S = 2.0
 
 
 class CoreProcess:
@@ -61,9 +62,7 @@ class CoreProcess:
             name="core watcher",
             daemon=True,
         ).start()
-        self._finalizer = weakref.finalize(
-            self, _stop, self._child, self._stopping, config, os.getpid()
-        )
+        self._finalizer = weakref.finalize(self, _stop, self._child, self._stopping, os.getpid())
 
     @property
     def process_id(self) -> int:
@@ -75,14 +74,29 @@ class CoreProcess:
         """The child's exit status; None while it runs."""
         return self._child.poll()
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the child, if it still runs."""
+        self._child.send_signal(number)
+
+    def kill(self) -> None:
+        """End the child the hard way and wait until it is gone; `on_exit` is not called."""
+        self._stopping.set()
+        self._child.kill()
+        self._child.wait()
+
+    def terminate(self) -> None:
+        """Ask the child to end, and wait a little for it; `on_exit` is not called."""
+        self._stopping.set()
+        self._child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(TERMINATE_TIMEOUT_S)
+
     def stop(self) -> None:
         """End the child and wait until it is gone. May be called more than once."""
         self._finalizer()
 
 
-def _stop(
-    child: "subprocess.Popen[bytes]", stopping: threading.Event, config: CoreConfig, owner: int
-) -> None:
+def _stop(child: "subprocess.Popen[bytes]", stopping: threading.Event, owner: int) -> None:
     if os.getpid() != owner:
         return  # in a fork of its owner, at whose end finalizers run as well
     stopping.set()
@@ -94,9 +108,6 @@ def _stop(
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    if config.private_dir is not None:
-        # The core removes it, unless it was killed.
-        shutil.rmtree(config.private_dir, ignore_errors=True)
 
 
 def _wait_for_end(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from footplate.frontend.watchdog import Patience
 from footplate.protocol.bounds import MAX_INT, require_int
 from footplate.protocol.config import (
     CacheConfig,
@@ -78,6 +79,11 @@ class EngineArgs:
     max_num_queued_tokens: int | None = None
     """Most prompt tokens of waiting requests, likewise."""
 
+    max_unread_tokens: int | None = 4096
+    """Most tokens of a completion that wait for its reader. Beyond that its request is parked: it
+    gives its blocks to others, and goes on when its stream is read again. No limit on None.
+    Streams of which only the end is wanted are not parked."""
+
     max_logprobs: int = 20
     """Most `logprobs` and `prompt_logprobs` per token; -1 allows the whole vocabulary."""
 
@@ -106,6 +112,23 @@ class EngineArgs:
 
     start_timeout_s: float = 600.0
     """One deadline for all of start-up."""
+
+    max_restarts: int = 3
+    """How often the engine core may be replaced within `restart_window_s` seconds when it dies or
+    hangs; once more ends the engine. 0 never replaces it."""
+
+    restart_window_s: float = 60.0
+    """See `max_restarts`."""
+
+    stall_timeout_s: float = 5.0
+    """A step that takes longer has the core write to its log where each of its threads is."""
+
+    hang_timeout_s: float = 60.0
+    """A core that gets no further for this long, or does not answer, is ended and replaced."""
+
+    weights_version: str = ""
+    """A name for the weights, told with every output; if not given, `model`. See
+    `AsyncLLMEngine.replace_core`."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
     """Of the engine core's log on standard error."""
@@ -140,8 +163,18 @@ class EngineArgs:
             raise InvalidParameterError(
                 "gpu_memory_utilization", self.gpu_memory_utilization, "above 0 and at most 1"
             )
-        if not _is_number(self.start_timeout_s) or not self.start_timeout_s > 0:
-            raise InvalidParameterError("start_timeout_s", self.start_timeout_s, "above 0")
+        require_int("max_restarts", self.max_restarts, 0, MAX_INT)
+        for name in _SECONDS:
+            if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
+                raise InvalidParameterError(name, getattr(self, name), "above 0")
+        if self.hang_timeout_s <= self.stall_timeout_s:
+            raise InvalidParameterError(
+                "hang_timeout_s",
+                self.hang_timeout_s,
+                f"more than stall_timeout_s, which is {self.stall_timeout_s}",
+            )
+        if not isinstance(self.weights_version, str):
+            raise InvalidParameterError("weights_version", self.weights_version, "a string")
         if not isinstance(self.enable_prefix_caching, bool):
             raise InvalidParameterError(
                 "enable_prefix_caching", self.enable_prefix_caching, "True or False"
@@ -150,8 +183,13 @@ class EngineArgs:
             if getattr(self, name) not in allowed:
                 raise InvalidParameterError(name, getattr(self, name), f"one of {allowed}")
 
+    @property
+    def patience(self) -> Patience:
+        """How long the core may be silent or stuck."""
+        return Patience(stalled_s=self.stall_timeout_s, hung_s=self.hang_timeout_s)
+
     def core_config(self, address: str, private_dir: str | None = None) -> CoreConfig:
-        """What one engine core at `address` is told; it removes `private_dir` when it ends."""
+        """What one engine core at `address` is told."""
         return CoreConfig(
             address=address,
             private_dir=private_dir,
@@ -186,8 +224,10 @@ class EngineArgs:
                 reasoning_end_str=self.reasoning_end_str,
                 max_num_queued_reqs=self.max_num_queued_reqs,
                 max_num_queued_tokens=self.max_num_queued_tokens,
+                max_unread_tokens=self.max_unread_tokens,
             ),
             log_level=self.log_level,
+            weights_version=self.weights_version or self.model,
         )
 
 
@@ -198,8 +238,10 @@ _POSITIVE_OR_NONE = (
     "threads",
     "max_num_queued_reqs",
     "max_num_queued_tokens",
+    "max_unread_tokens",
 )
 _POSITIVE = ("block_size", "max_num_seqs", "max_num_batched_tokens", "stream_interval")
+_SECONDS = ("start_timeout_s", "restart_window_s", "stall_timeout_s", "hang_timeout_s")
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),

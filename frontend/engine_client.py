@@ -5,10 +5,13 @@ from collections.abc import Iterable
 
 from footplate.frontend.admission import WaitingRequests
 from footplate.frontend.completion import Completion
+from footplate.frontend.notices import Notices
+from footplate.frontend.outputs import WeightsVersions
 from footplate.frontend.replay import continuation
 from footplate.frontend.stream import RequestStream
 from footplate.protocol.errors import (
     DuplicateRequestError,
+    EngineDrainingError,
     FootplateError,
     QueueOverflowError,
     RequestFailedError,
@@ -33,13 +36,16 @@ class EngineClient:
 
     Attributes:
         waiting: the requests that have been sent and have not started.
+        notices: what the core is to be told about handles, beside what methods return.
     """
 
     def __init__(self) -> None:
         self._by_handle: dict[int, Completion] = {}
         self._by_request_id: dict[str, RequestStream] = {}
         self._num_handles = 0
+        self._weights_versions: WeightsVersions = ((0, ""),)
         self.waiting = WaitingRequests()
+        self.notices = Notices()
 
     @property
     def num_live(self) -> int:
@@ -65,7 +71,14 @@ class EngineClient:
         self.require_unused(stream.request_id)
         self._by_request_id[stream.request_id] = stream
         for completion in stream.completions:
+            completion.weights_versions = self._weights_versions
             self._by_handle[completion.handle] = completion
+
+    def note_weights(self, version: str) -> None:
+        """All tokens to come are made by weights of this name."""
+        self._weights_versions = ((0, version),)
+        for completion in self._by_handle.values():
+            completion.note_weights(version)
 
     def enqueue(self, stream: RequestStream, message: AddRequest) -> None:
         """Its request is on its way: it waits from now on."""
@@ -78,11 +91,37 @@ class EngineClient:
     def replay(self, now: float) -> list[AddRequest]:
         """What to send to another core, so that every live request goes on in it.
 
+        Those that nobody reads are parked there as well: it is noted, to be taken when all this has
+        been sent.
+
         Args:
             now: monotonic seconds.
         """
+        self.notices.take()  # they were about another core's requests
+        for completion in self._by_handle.values():
+            if completion.is_parked:
+                self.notices.park(completion.handle)
         streams = self._by_request_id.values()
         return [message for stream in streams for message in continuation(stream, now)]
+
+    def is_live(self, handle: int) -> bool:
+        """Whether outputs are expected for this handle."""
+        return handle in self._by_handle
+
+    def num_tokens(self, handle: int) -> int:
+        """Output tokens of a live handle so far."""
+        return self._by_handle[handle].num_tokens
+
+    def request_id(self, handle: int) -> str:
+        """The request that a live handle is part of."""
+        return self._by_handle[handle].stream.request_id
+
+    def fail(self, handle: int, error: RequestFailedError) -> None:
+        """End the whole request that a live handle is part of. The core has not heard of it, or
+        is not to hear of it again."""
+        stream = self._by_handle[handle].stream
+        stream.fail(RequestFailedError(f"request {stream.request_id!r}: {error}"))
+        self._forget(stream)
 
     def discard(self, stream: RequestStream) -> None:
         """Take back `open`: its request has never been sent."""
@@ -208,6 +247,8 @@ class EngineClient:
     def _error_of(self, stream: RequestStream, finished: Finished) -> FootplateError:
         if finished.kind is ErrorKind.OVERFLOW:
             return QueueOverflowError(finished.message, self.waiting.estimate_retry_s())
+        if finished.kind is ErrorKind.DRAINING:
+            return EngineDrainingError(finished.message)
         return RequestFailedError(f"request {stream.request_id!r}: {finished.message}")
 
     def abort(self, request_ids: Iterable[str]) -> AbortRequests | None:

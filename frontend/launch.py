@@ -2,26 +2,45 @@
 
 import asyncio
 import contextlib
+import math
 import signal
 import sys
 import time
+from collections.abc import Coroutine
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from cyclopts import App, Parameter
 from tqdm import tqdm
 
-from footplate.frontend.connection import Connection
-from footplate.frontend.core_process import CoreProcess
 from footplate.frontend.engine_args import EngineArgs
-from footplate.protocol.errors import AddressInUseError, EngineStartError, InvalidParameterError
+from footplate.frontend.engine_client import EngineClient
+from footplate.frontend.engine_state import EngineState
+from footplate.frontend.health import Restart
+from footplate.frontend.session import Session
+from footplate.frontend.supervisor import Supervisor
+from footplate.protocol.bounds import require_number
+from footplate.protocol.errors import (
+    AddressInUseError,
+    EngineError,
+    EngineStartError,
+    InvalidParameterError,
+)
 from footplate.protocol.links import default_address, ipc_path, make_owned_dir
-from footplate.protocol.messages import Progress, Welcome
+from footplate.protocol.messages import GetStats, Welcome
 
 # After sysexits.h.
 EX_USAGE = 2
 EX_SOFTWARE = 70
 EX_CONFIG = 78
+
+# Nobody waits for this pulse, and each beat wakes an idle core.
+BEAT_S = 1.0
+SILENT_S = 3.0
+AT_ONCE_S = 1.0
+
+T = TypeVar("T")
 
 app = App(name="footplate-engine", version=lambda: version("footplate-llm"))
 
@@ -31,10 +50,14 @@ def launch(
     args: Annotated[EngineArgs, Parameter(name="*")] = EngineArgs(log_level="INFO"),  # noqa: B008
     *,
     address: str | None = None,
+    drain_timeout_s: float = 30.0,
 ) -> int:
     """Launch an engine core and keep it running until SIGTERM or SIGINT.
 
-    Clients attach with `AsyncLLMEngine.connect(address)`, leave, and come back.
+    Clients attach with `AsyncLLMEngine.connect(address)`, leave, and come back. A core that dies or
+    hangs is replaced, and their requests go on. A signal lets requests finish first, a second one
+    does not. Exit status: 0 after a signal, 2 for wrong arguments, 70 when the core cannot be
+    replaced any more, 78 when it cannot start or the address is in use.
 
     Parameters
     ----------
@@ -42,70 +65,93 @@ def launch(
         Where clients find it: ipc:///absolute/path or tcp://127.0.0.1:port. If not given,
         footplate/engine.sock in $XDG_RUNTIME_DIR, else /tmp/footplate-UID/engine.sock, where
         clients look by default.
+    drain_timeout_s:
+        How long requests may take to finish after the first signal; those that are left end with
+        finish reason "abort".
     """
-    return asyncio.run(_Launcher(args, address or default_address()).run())
+    require_number("drain_timeout_s", drain_timeout_s, 0.0, math.inf)
+    return asyncio.run(_Launcher(args, address or default_address(), drain_timeout_s).run())
 
 
 class _Launcher:
-    """Owns the core process for as long as it runs."""
+    """Owns the engine for as long as it runs."""
 
-    def __init__(self, args: EngineArgs, address: str) -> None:
-        self._args = args
+    def __init__(self, args: EngineArgs, address: str, drain_timeout_s: float) -> None:
         self._address = address
-        self._stop = asyncio.Event()
-        self._core_error: EngineStartError | None = None
+        self._drain_timeout_s = drain_timeout_s
+        self._bar = _ProgressBar()
+        self._supervisor = Supervisor(args, address)
+        self._session = Session(
+            EngineClient(),
+            self._supervisor,
+            None,
+            args.start_timeout_s,
+            patience=replace(args.patience, beat_s=BEAT_S, silent_s=SILENT_S),
+            # Whoever waits for the core is in another process.
+            is_always_watching=True,
+            on_progress=self._bar.show,
+            on_restart=_print_restart,
+        )
+        self._num_signals = 0
+        self._signalled = asyncio.Event()
 
     async def run(self) -> int:
-        """Start, serve, stop; return the exit status."""
+        """Start, serve, drain, stop; return the exit status."""
         since = time.monotonic()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._stop.set)
+            loop.add_signal_handler(signum, self._on_signal)
         if path := ipc_path(self._address):
             make_owned_dir(path.parent)
-        process = CoreProcess(
-            self._args.core_config(self._address),
-            lambda error: loop.call_soon_threadsafe(self._on_core_exit, error),
-        )
+        error: EngineError | None = None
         try:
-            welcome = await self._wait_until_ready()
-            # Another core on this address may have answered; then ours is about to fail.
-            if welcome is not None and welcome.process_id == process.process_id:
-                _print_ready(welcome, self._address, time.monotonic() - since)
-            await self._stop.wait()
-        except EngineStartError as error:
-            self._core_error = self._core_error or error
+            with self._bar:
+                await self._until_signal(self._session.start())
+            if not self._num_signals:
+                _print_ready(self._session.welcome, self._address, time.monotonic() - since)
+                error = await self._until_signal(self._session.wait_until_dead())
+            if self._session.state is EngineState.SERVING:
+                await self._drain()
+        except EngineError as failure:
+            error = failure
         finally:
-            await asyncio.to_thread(process.stop)
-        if self._core_error is None:
+            await self._supervisor.end()
+            self._session.stop()
+        if error is None:
             return 0
-        print(f"footplate-engine: {self._core_error}", file=sys.stderr)
-        return EX_CONFIG if isinstance(self._core_error, AddressInUseError) else EX_SOFTWARE
+        print(f"footplate-engine: {error}", file=sys.stderr)
+        return EX_CONFIG if isinstance(error, AddressInUseError) else EX_SOFTWARE
 
-    def _on_core_exit(self, error: EngineStartError) -> None:
-        self._core_error = error
-        self._stop.set()
+    def _on_signal(self) -> None:
+        self._num_signals += 1
+        self._signalled.set()
 
-    async def _wait_until_ready(self) -> Welcome | None:
-        """Attach as any client does, until the core is ready; None if told to stop before."""
-        with _ProgressBar() as bar:
-            connection = Connection(
-                self._address,
-                on_messages=lambda messages: None,
-                on_lost=lambda cause: None,
-                on_progress=bar.show,
+    async def _until_signal(self, waiting: Coroutine[object, object, T]) -> T | None:
+        """What is waited for; None if a signal comes before."""
+        self._signalled.clear()
+        task = asyncio.ensure_future(waiting)
+        signalled = asyncio.ensure_future(self._signalled.wait())
+        try:
+            await asyncio.wait((task, signalled), return_when=asyncio.FIRST_COMPLETED)
+            return await task if task.done() else None
+        finally:
+            for each in (task, signalled):
+                each.cancel()
+
+    async def _drain(self) -> None:
+        """Let requests finish, for a while; a second signal ends them at once."""
+        stats = (await self._session.call(GetStats)).stats
+        if stats is not None and (num_left := stats.num_running + stats.num_waiting):
+            print(
+                f"footplate-engine: {num_left} requests are left; waiting for them for at most "
+                f"{self._drain_timeout_s:g} s (a second signal ends them)",
+                file=sys.stderr,
             )
-            opening = asyncio.create_task(connection.open(self._args.start_timeout_s))
-            stopped = asyncio.create_task(self._stop.wait())
-            try:
-                await asyncio.wait((opening, stopped), return_when=asyncio.FIRST_COMPLETED)
-                return await opening if opening.done() else None
-            finally:
-                stopped.cancel()
-                opening.cancel()
-                with contextlib.suppress(asyncio.CancelledError, EngineStartError):
-                    await opening
-                connection.close()
+        await self._until_signal(self._session.drain(self._drain_timeout_s))
+        if self._num_signals > 1:
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(AT_ONCE_S):
+                    await self._session.drain(0.0)
 
 
 class _ProgressBar:
@@ -122,14 +168,23 @@ class _ProgressBar:
         self._bar.leave = False
         self._bar.close()
 
-    def show(self, progress: Progress) -> None:
+    def show(self, phase: str, fraction: float) -> None:
         """Show how far start-up is."""
-        if self._bar.disable and progress.phase != self._phase:
-            print(f"footplate-engine: {progress.phase}", file=sys.stderr)
-        self._phase = progress.phase
-        self._bar.set_description_str(progress.phase, refresh=False)
-        self._bar.n = round(100 * progress.fraction)
+        if self._bar.disable and phase != self._phase:
+            print(f"footplate-engine: {phase}", file=sys.stderr)
+        self._phase = phase
+        self._bar.set_description_str(phase, refresh=False)
+        self._bar.n = round(100 * fraction)
         self._bar.refresh()
+
+
+def _print_restart(restart: Restart) -> None:
+    print(
+        f"footplate-engine: core replaced in {restart.seconds:.2f} s, restart "
+        f"{restart.num_restarts}: {restart.cause}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _print_ready(welcome: Welcome, address: str, seconds: float) -> None:

@@ -4,6 +4,8 @@ import msgspec
 
 from footplate.frontend.logprobs import Logprobs
 
+WeightsVersions = tuple[tuple[int, str], ...]
+
 
 class RequestMetrics(msgspec.Struct):
     """When things happened to a request; one object per request, filled in as it goes.
@@ -41,6 +43,8 @@ class CompletionOutput(msgspec.Struct, gc=False):
         logprobs: of `token_ids`, position by position; None if they were not asked for. Cumulative
             outputs of one stream share the dictionaries: to change one, copy it.
         cumulative_logprob: the sum over all tokens so far, likewise.
+        weights_versions: from which output position on which weights made the tokens, as (position,
+            `EngineArgs.weights_version`); more than one entry after `replace_core`.
     """
 
     index: int
@@ -50,6 +54,7 @@ class CompletionOutput(msgspec.Struct, gc=False):
     stop_reason: int | str | None = None
     logprobs: Logprobs | None = None
     cumulative_logprob: float | None = None
+    weights_versions: WeightsVersions = ()
 
     @property
     def finished(self) -> bool:

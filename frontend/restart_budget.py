@@ -19,7 +19,7 @@ class RestartBudget:
         self._max_restarts = max_restarts
         self._window_s = window_s
         self._restarts: deque[float] = deque()
-        self._num_failed_starts = 0
+        self._delay_s = FIRST_DELAY_S  # before the next, if it is one that did not even start
 
     def spend(self, now: float, *, had_served: bool) -> float | None:
         """A core has ended at `now` (monotonic seconds).
@@ -36,7 +36,8 @@ class RestartBudget:
             return None
         self._restarts.append(now)
         if had_served:
-            self._num_failed_starts = 0
+            self._delay_s = FIRST_DELAY_S
             return 0.0
-        self._num_failed_starts += 1
-        return min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** (self._num_failed_starts - 1))
+        delay_s = self._delay_s
+        self._delay_s = min(2 * delay_s, MAX_DELAY_S)
+        return delay_s

@@ -1,7 +1,8 @@
 """One engine from its start to its end, as its client lives through it.
 
-Starts a core or attaches to one, notices when it is gone, and carries messages both ways in
-between. What the messages mean to a request is `EngineClient`'s business.
+Starts a core or attaches to one, carries messages both ways, and when the core is gone finds
+another and gives it every live request. What the messages mean to a request is `EngineClient`'s
+business.
 """
 
 import asyncio
@@ -9,31 +10,42 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
 from footplate.frontend.connection import Connection
-from footplate.frontend.core_process import CoreProcess
+from footplate.frontend.control_calls import ControlCall, ControlCalls
+from footplate.frontend.core_watch import CoreWatch
 from footplate.frontend.engine_args import EngineArgs
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.engine_state import EngineEvent, EngineState, advance
+from footplate.frontend.health import Health, Restart
+from footplate.frontend.recovery import Recovery
+from footplate.frontend.supervisor import Supervisor
+from footplate.frontend.watchdog import Patience, Verdict
 from footplate.protocol.errors import (
     EngineClosedError,
     EngineDeadError,
+    EngineDrainingError,
     EngineError,
+    EngineNotReadyError,
     EngineStartError,
+    MessageTooLargeError,
+    ProtocolMismatchError,
+    RequestFailedError,
 )
-from footplate.protocol.links import make_private_dir
+from footplate.protocol.links import new_session
 from footplate.protocol.messages import (
     AbortRequests,
     ControlReply,
     CoreMessage,
+    Drain,
     EngineFailed,
-    GetStats,
+    EngineStopping,
     Message,
+    Pong,
     Progress,
-    ResetPrefixCache,
     StepOutputs,
     Welcome,
 )
@@ -41,6 +53,7 @@ from footplate.protocol.messages import (
 logger = logging.getLogger(__name__)
 
 OWN_CORE_EXIT_S = 1.0
+REATTACH_S = 0.05  # from one attempt to the next
 
 _WHY_CLOSED = {
     EngineState.NEW: "the engine has not been started: await start()",
@@ -48,47 +61,70 @@ _WHY_CLOSED = {
     EngineState.STOPPED: "the engine was shut down",
 }
 
+# What a core must have in common with the one before: to go on exactly, or to go on at all.
+_SAME_ARCHITECTURE = ("architecture", "vocab_size", "eos_token_ids")
+_SAME_MODEL = (*_SAME_ARCHITECTURE, "model", "dtype", "quantization", "num_parameters")
+
 T = TypeVar("T")
 ProgressCallback = Callable[[str, float], None]
+RestartCallback = Callable[[Restart], None]
 
 
 class Session:
-    """Owns the state of an engine, the connection to it, the core process if it is our own, and
-    the control calls that wait for an answer. Use from one event loop at a time.
+    """Owns the state of an engine and the connection to it. Use from one event loop at a time.
 
     Attributes:
         state: where the engine is in its life.
         dead_error: why it died, if it did.
+        num_restarts: cores that have been replaced.
     """
 
     def __init__(
         self,
-        args: EngineArgs,
-        address: str | None,
         client: EngineClient,
+        supervisor: Supervisor | None,
+        address: str | None,
         start_timeout_s: float,
-        on_progress: ProgressCallback | None,
+        *,
+        patience: Patience = Patience(),  # noqa: B008 (frozen)
+        is_always_watching: bool = False,
+        on_progress: ProgressCallback | None = None,
+        on_restart: RestartCallback | None = None,
     ) -> None:
         """Args:
-        address: of an engine to attach to; None starts a core with `args`.
-        client: is given all outputs, and told when the engine ends.
+        client: is given all outputs, asked what to replay, and told when the engine ends.
+        supervisor: of a core of our own; with None somebody else's is at `address`.
+        start_timeout_s: for a core to be ready, the first one and each that takes its place.
+        is_always_watching: also while nobody waits for the core.
+        on_restart: told when streams go on in another core.
         """
         self.state = EngineState.NEW
         self.dead_error: EngineError | None = None
-        self._args = args
-        self._address = address
+        self.num_restarts = 0
         self._client = client
+        self._supervisor = supervisor
+        self._address = address
         self._start_timeout_s = start_timeout_s
+        self._patience = patience
+        self._is_always_watching = is_always_watching
         self._on_progress = on_progress
+        self._on_restart = on_restart
+        self._name = new_session()
         self._starting: asyncio.Task[None] | None = None
-        self._process: CoreProcess | None = None
+        self._recovering: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
+        self._watch: CoreWatch | None = None
+        self._recovery = Recovery(client)
+        self._calls = ControlCalls()
         self._owner: int | None = None
         self._losing: asyncio.TimerHandle | None = None
+        self._intruded: asyncio.Future[EngineStartError] | None = None
         self._finalizer: weakref.finalize[..., Session] | None = None
         self._welcome: Welcome | None = None
-        self._calls: dict[int, asyncio.Future[ControlReply]] = {}
-        self._num_calls = 0
+        self._is_draining = False
+        self._ended = asyncio.Event()
+        send_soon = weakref.WeakMethod(self._send_notices_soon)
+        client.notices.on_first = lambda: (send := send_soon()) is not None and send()
 
     @property
     def welcome(self) -> Welcome:
@@ -106,11 +142,16 @@ class Session:
         """The core's pid; None until it was ready for the first time."""
         return None if self._welcome is None else self._welcome.process_id
 
+    @property
+    def num_replayed(self) -> int:
+        """Requests that were given to another core, all restarts together."""
+        return self._recovery.num_replayed
+
     # ---- life
 
     async def start(self) -> None:
         """See `AsyncLLMEngine.start`."""
-        if self.state is EngineState.SERVING:
+        if self.state in (EngineState.SERVING, EngineState.RESTARTING):
             return
         if self.dead_error is not None:
             raise self.dead_error
@@ -135,7 +176,10 @@ class Session:
 
     def begin_to_start(self) -> "asyncio.Task[None]":
         """Start without waiting; needs a running loop."""
-        if self._starting is not None or self.state is EngineState.SERVING:
+        if self._starting is not None or self.state in (
+            EngineState.SERVING,
+            EngineState.RESTARTING,
+        ):
             raise RuntimeError("the engine is running already")
         # The state changes now, not when the task has its first turn: until then it may be shut
         # down, and started again.
@@ -152,26 +196,20 @@ class Session:
     async def _start(self) -> None:
         self._require_wanted()
         try:
-            address = self._address or self._start_process()
-            # Callbacks must not keep a dropped engine alive: the event loop holds them.
-            self._connection = Connection(
-                address,
-                on_messages=_weakly(self._on_messages),
-                on_lost=_weakly(self._on_connection_lost),
-                on_progress=_weakly(self._report_progress),
-            )
-            self._welcome = await self._connection.open(self._start_timeout_s)
+            if self._supervisor is not None:
+                self._supervisor.listen(self._make_exit_callback())
+                self._address = self._supervisor.start()
+            self._welcome = await self._connect(self._start_timeout_s)
             self._require_wanted()
         except BaseException as error:
             self._require_wanted()
             self._release()
             self._starting = None
-            if self._address is not None:
+            if self._supervisor is None:
                 # Somebody else's engine: it may be up the next time.
                 self._advance(EngineEvent.GIVE_UP)
                 raise
-            self._advance(EngineEvent.DIE)
-            self.dead_error = (
+            self._end(
                 error
                 if isinstance(error, EngineError)
                 else EngineStartError(f"start-up was interrupted: {error!r}")
@@ -179,46 +217,89 @@ class Session:
             raise
         self._advance(EngineEvent.READY)
         self._starting = None
+        self._replay("", self._welcome)
+        self._become_ready()
+
+    async def _connect(self, timeout_s: float) -> Welcome:
+        assert self._address is not None
+        # Callbacks must not keep a dropped engine alive: the event loop holds them.
+        self._connection = Connection(
+            self._address,
+            self._name,
+            on_messages=_weakly(self._on_messages),
+            on_lost=_weakly(self._on_connection_lost),
+            on_progress=_weakly(self._report_progress),
+        )
+        welcome = await self._connection.open(timeout_s)
+        if self._supervisor is not None and welcome.process_id != self._supervisor.process_id:
+            # Another core holds the address and has answered; ours is about to find out.
+            self._intruded = asyncio.get_running_loop().create_future()
+            raise await self._intruded
+        return welcome
+
+    def _become_ready(self) -> None:
+        """A core serves: watch over it, and clean up behind an engine that is only dropped."""
+        assert self._connection is not None
+        is_waited_for = weakref.WeakMethod(self._is_waited_for)
+        self._watch = CoreWatch(
+            self._connection,
+            self._patience,
+            is_needed=lambda: (ask := is_waited_for()) is not None and ask(),
+            on_verdict=_weakly(self._on_verdict),
+        )
+        self._watch.wake()
         self._finalizer = weakref.finalize(
-            self, _release_later, asyncio.get_running_loop(), self._connection, self._process
+            self,
+            _release_later,
+            asyncio.get_running_loop(),
+            self._watch,
+            self._connection,
+            self._supervisor,
         )
 
-    def _start_process(self) -> str:
-        folder = make_private_dir()
-        address = f"ipc://{folder / 'engine.sock'}"
+    def _is_waited_for(self) -> bool:
+        return bool(self._is_always_watching or self._client.num_live or self._calls)
+
+    def _make_exit_callback(self) -> Callable[[EngineStartError], None]:
         loop, tell = asyncio.get_running_loop(), _weakly(self._on_core_exit)
 
         def on_exit(error: EngineStartError) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
                 loop.call_soon_threadsafe(tell, error)
 
-        self._process = CoreProcess(self._args.core_config(address, str(folder)), on_exit)
-        return address
+        return on_exit
 
     def stop(self) -> None:
         """End it, from any state; streams end with `EngineClosedError`."""
         self._advance(EngineEvent.STOP)
-        self._client.fail_all(EngineClosedError("the engine was shut down"))
+        error = EngineClosedError("the engine was shut down")
+        self._client.fail_all(error)
+        self._calls.fail(error)
+        if self._recovering is not None:
+            self._recovering.cancel()
+            self._recovering = None
         self._release()
         self._starting = None
+        self._is_draining = False
         self.dead_error = None
 
     def _release(self) -> None:
-        for call in self._calls.values():
-            if not call.done():
-                call.cancel()
-        self._calls.clear()
+        self._disconnect()
+        if self._supervisor is not None:
+            self._supervisor.stop()
+
+    def _disconnect(self) -> None:
         if self._finalizer is not None:
             self._finalizer.detach()
         if self._losing is not None:
-            self._losing.cancel()  # it means this core, not one that is started later
+            self._losing.cancel()  # it means this core, not one that comes later
             self._losing = None
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
 
     def _advance(self, event: EngineEvent) -> None:
         self.state = advance(self.state, event)
@@ -227,13 +308,219 @@ class Session:
         """Raise the `EngineError` that says why requests cannot be served now, if so."""
         if self.dead_error is not None:
             raise self.dead_error
+        if self.state is EngineState.RESTARTING:
+            raise EngineNotReadyError("the engine core is being replaced: streams go on with it")
         if self.state is not EngineState.SERVING:
             raise EngineClosedError(_WHY_CLOSED[self.state])
+
+    def require_open(self) -> None:
+        """Raise EngineDrainingError if no new requests are taken."""
+        if self._is_draining:
+            raise EngineDrainingError(
+                "the engine is draining: it finishes what it has, and takes no new requests"
+            )
+
+    async def wait_until_dead(self) -> EngineError:
+        """Return why it has died, once it has."""
+        await self._ended.wait()
+        assert self.dead_error is not None
+        return self.dead_error
+
+    # ---- death and recovery
+
+    def _on_connection_lost(self, cause: str) -> None:
+        # The end of a core of our own is explained better, and about as fast, by its process.
+        patience_s = 0.0 if self._supervisor is None else OWN_CORE_EXIT_S
+        loop, lose = asyncio.get_running_loop(), _weakly(self._lose)
+        self._losing = self._losing or loop.call_later(patience_s, lose, cause)
+
+    def _on_core_exit(self, error: EngineStartError) -> None:
+        if self._intruded is not None and not self._intruded.done():
+            self._intruded.set_result(error)
+        elif self.state is EngineState.SERVING:
+            assert self._supervisor is not None
+            self._lose(self._supervisor.explain(error))
+        elif self._connection is not None:
+            self._connection.refuse(error)
+
+    def _lose(self, cause: str, *, has_failed: bool = False) -> None:
+        """The core is gone, or of no use any more."""
+        if self.state is not EngineState.SERVING:
+            if self._connection is not None:
+                self._connection.refuse(EngineStartError(cause))
+            return
+        self._advance(EngineEvent.LOSE)
+        logger.info("the engine core is gone, and is being replaced: %s", cause)
+        self._disconnect()
+        self._recovering = asyncio.create_task(
+            self._recover(cause, has_failed), name="footplate recovery"
+        )
+
+    async def _recover(self, cause: str, has_failed: bool) -> None:
+        since = time.monotonic()
+        try:
+            if self._supervisor is None:
+                welcome = await self._attach_again(cause)
+            else:
+                welcome = await self._start_another(self._supervisor, cause, has_failed)
+            _require_same(self.welcome, welcome, _SAME_MODEL)
+        except EngineError as error:
+            self._die(error)
+            return
+        except Exception as error:
+            logger.exception("the engine core cannot be replaced")
+            self._die(EngineDeadError(f"{cause}; it could not be replaced: {error!r}"))
+            return
+        self._recovering = None
+        num_replayed = self._go_on(cause, welcome)
+        self.num_restarts += 1
+        seconds = time.monotonic() - since
+        logger.warning(
+            "engine core replaced in %.2f s, %d requests go on in it; the one before: %s",
+            seconds,
+            num_replayed,
+            cause,
+        )
+        if self._on_restart is not None:
+            try:
+                self._on_restart(Restart(cause, self.num_restarts, num_replayed, seconds))
+            except Exception:
+                logger.exception("the callback on_restart failed")
+
+    def _go_on(self, cause: str, welcome: Welcome) -> int:
+        """Serve with the core that has come; how many requests go on in it."""
+        self._welcome = welcome
+        self._advance(EngineEvent.READY)
+        num_replayed = self._replay(cause, welcome)
+        self._become_ready()
+        return num_replayed
+
+    async def _start_another(self, supervisor: Supervisor, cause: str, has_failed: bool) -> Welcome:
+        had_served = True
+        while True:
+            await supervisor.restart(cause, had_served=had_served, has_failed=has_failed)
+            try:
+                return await self._connect(self._start_timeout_s)
+            except ProtocolMismatchError:
+                raise  # another version was installed meanwhile; trying again is no help
+            except EngineStartError as error:
+                self._disconnect()
+                cause, had_served, has_failed = str(error), False, False
+
+    async def _attach_again(self, cause: str) -> Welcome:
+        """Wait until whoever runs the engine has replaced its core."""
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            try:
+                return await self._connect(max(REATTACH_S, deadline - time.monotonic()))
+            except ProtocolMismatchError:
+                raise
+            except EngineStartError:
+                self._disconnect()
+                if time.monotonic() > deadline:
+                    raise EngineDeadError(
+                        f"{cause}; nothing took its place within {self._start_timeout_s:g} s"
+                    ) from None
+                await asyncio.sleep(REATTACH_S)
+
+    async def replace_core(self, args: EngineArgs) -> None:
+        """See `AsyncLLMEngine.replace_core`."""
+        if self._supervisor is None:
+            raise EngineError("only an engine with a core of its own can replace it")
+        self.require_serving()
+        # An engine of its own until it is known to be of use.
+        trial = Session(EngineClient(), Supervisor(args), None, args.start_timeout_s)
+        try:
+            await trial.start()
+            _require_same(self.welcome, trial.welcome, _SAME_ARCHITECTURE)
+            if self.state not in (EngineState.SERVING, EngineState.RESTARTING):
+                raise EngineClosedError("the engine ended while its core was being replaced")
+            predecessor = self._take_over(trial)
+        finally:
+            trial.stop()
+        self._patience = args.patience
+        try:
+            self._go_on("it was replaced on request", await self._connect(args.start_timeout_s))
+        except EngineStartError as error:  # it has died meanwhile, like any other core
+            self._recovering = asyncio.create_task(self._recover(str(error), has_failed=False))
+        await asyncio.to_thread(predecessor.stop)
+
+    def _take_over(self, trial: "Session") -> Supervisor:
+        """Make another session's core ours; what is left of our own is returned."""
+        assert self._supervisor is not None and trial._supervisor is not None
+        if self._recovering is not None:
+            self._recovering.cancel()
+            self._recovering = None
+        if self.state is EngineState.SERVING:
+            self._advance(EngineEvent.LOSE)
+        self._disconnect()
+        trial._disconnect()
+        predecessor, self._supervisor = self._supervisor, trial._supervisor
+        trial._supervisor = None
+        self._address = trial._address
+        self._supervisor.listen(self._make_exit_callback())
+        return predecessor
+
+    def _replay(self, cause: str, welcome: Welcome) -> int:
+        """Give the new core every live request, and how many those are."""
+        assert self._connection is not None
+        messages = self._recovery.welcome(welcome, time.monotonic(), cause)
+        for message in messages:
+            try:
+                self._connection.send(message)
+            except MessageTooLargeError as error:  # its output has grown too large for a message
+                self._client.fail(message.handle, RequestFailedError(str(error)))
+        for call in self._calls.messages:
+            self._connection.send(call)
+        return len(messages)
+
+    def _die(self, error: EngineError) -> None:
+        """The core is gone for good."""
+        self._recovering = None
+        self._release()
+        self._end(error)
+        logger.error("the engine is dead: %s", error)
+        self._client.fail_all(error)
+        self._calls.fail(error)
+
+    def _end(self, error: EngineError) -> None:
+        self._advance(EngineEvent.DIE)
+        self.dead_error = error
+        self._ended.set()
+
+    # ---- health
+
+    def _on_verdict(self, verdict: Verdict) -> None:
+        if verdict is Verdict.STALLED:
+            seconds = self._patience.stalled_s
+            logger.warning("the engine core has not got any further for %g s", seconds)
+            if self._supervisor is not None:
+                self._supervisor.dump_stacks()
+        elif verdict is Verdict.HUNG and self._supervisor is not None:
+            # Somebody else's core is somebody else's to end.
+            seconds = self._patience.hung_s
+            self._supervisor.kill(
+                f"the engine core was ended because it had not got any further for {seconds:g} s"
+            )
+
+    async def health(self) -> Health:
+        """See `AsyncLLMEngine.health`."""
+        watch = self._watch
+        if self.state is not EngineState.SERVING or watch is None:
+            return Health(self.state.name.lower(), False, False, 0.0)
+        pong = await watch.ask()
+        state = "draining" if self._is_draining else self.state.name.lower()
+        if pong is None:
+            return Health(state, False, False, watch.last_step_age_s)
+        age_s = max(pong.step_age_s, watch.last_step_age_s)
+        is_ready = not self._is_draining and age_s <= self._patience.stalled_s
+        return Health(state, True, is_ready, age_s)
 
     # ---- what goes to the core
 
     def send(self, message: Message, *, gather: bool = False) -> None:
-        """Queue one message; never blocks.
+        """Queue one message about a request; never blocks. While the core is being replaced
+        nothing is sent: the next one is told of all live requests.
 
         Args:
             gather: see `Connection.send`.
@@ -242,51 +529,82 @@ class Session:
             EngineError: the engine is not serving.
             MessageTooLargeError: nothing was queued.
         """
+        if self.state is EngineState.RESTARTING:
+            return
         self.require_serving()
-        assert self._connection is not None
+        assert self._connection is not None and self._watch is not None
+        self._send_notices()  # a request must not overtake what was said before
         self._connection.send(message, gather=gather)
+        self._watch.wake()
+
+    def _send_notices_soon(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # whoever leaves a stream here, there are no others
+            self._send_notices()
+        else:
+            loop.call_soon(self._send_notices)
+
+    def _send_notices(self) -> None:
+        if self.state is EngineState.SERVING and self._connection is not None:
+            for notice in self._client.notices.take():
+                self._connection.send(notice)
 
     async def has_room(self) -> None:
         """Wait until the core has taken what `send` could not get rid of."""
         if self._connection is not None:
             await self._connection.has_room()
 
-    async def call(self, message: type[GetStats] | type[ResetPrefixCache]) -> ControlReply:
-        """Make a control call and wait for its answer."""
+    async def call(self, make: Callable[[int], ControlCall]) -> ControlReply:
+        """Make a control call and wait for its answer, from this core or from one that takes its
+        place.
+
+        Args:
+            make: the message, given its number.
+        """
         await self.ensure_started()
-        self._num_calls += 1
-        reply: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
-        self._calls[self._num_calls] = reply
-        self.send(message(self._num_calls))
-        try:
-            return await reply
-        except asyncio.CancelledError:
-            self.require_serving()  # cancelled because the engine ended: say so
-            raise
+        return await self._calls.call(make, self.send)
+
+    async def drain(self, timeout_s: float | None) -> None:
+        """See `AsyncLLMEngine.drain`."""
+        await self.ensure_started()
+        self._is_draining = True
+        reply = await self.call(lambda number: Drain(number, timeout_s))
+        if not reply.ok:
+            self._is_draining = False
+            raise EngineError(f"the engine does not drain: {reply.message}")
 
     # ---- what the core says
 
     def _on_messages(self, messages: list[CoreMessage]) -> None:
-        assert self._welcome is not None
         now = time.monotonic()
         over: list[int] = []
         for message in messages:
             match message:
                 case StepOutputs():
-                    if message.epoch != self._welcome.epoch:
+                    if not self._recovery.accepts(message):
                         continue
                     try:
                         over += self._client.handle(message, now)
                     except ValueError as error:
-                        self._die(f"the engine core sent outputs that make no sense: {error}")
+                        self._lose(
+                            f"the engine core sent outputs that make no sense: {error}",
+                            has_failed=True,
+                        )
                         return
-                case ControlReply(call=call):
-                    reply = self._calls.pop(call, None)
-                    if reply is not None and not reply.done():
-                        reply.set_result(message)
+                case Pong():
+                    if self._watch is not None:
+                        self._watch.hear(message)
+                case ControlReply():
+                    self._calls.answer(message)
                 case EngineFailed(cause=cause):
-                    self._die(cause)
+                    self._lose(cause, has_failed=True)
                     return
+                case EngineStopping(reason=reason):
+                    # What our own core was not told by us is as good as its death.
+                    if self._supervisor is None and self.state is EngineState.SERVING:
+                        self._die(EngineDeadError(f"the engine was stopped: {reason}"))
+                        return
                 case _:
                     logger.warning("unexpected %s on the output socket", type(message).__name__)
         if over and self._connection is not None:
@@ -296,28 +614,14 @@ class Session:
         if self._on_progress is not None:
             self._on_progress(progress.phase, progress.fraction)
 
-    def _on_connection_lost(self, cause: str) -> None:
-        # The end of a core of our own is explained better, and about as fast, by its process.
-        patience_s = 0.0 if self._process is None else OWN_CORE_EXIT_S
-        loop, die = asyncio.get_running_loop(), _weakly(self._die)
-        self._losing = self._losing or loop.call_later(patience_s, die, cause)
 
-    def _on_core_exit(self, error: EngineStartError) -> None:
-        if self.state is EngineState.STARTING and self._connection is not None:
-            self._connection.refuse(error)
-        else:
-            self._die(str(error))
-
-    def _die(self, cause: str) -> None:
-        if self.state is EngineState.STARTING and self._connection is not None:
-            self._connection.refuse(EngineStartError(cause))
-        if self.state is not EngineState.SERVING:
-            return
-        self._advance(EngineEvent.DIE)
-        self.dead_error = EngineDeadError(cause)
-        logger.error("the engine core is gone: %s", cause)
-        self._client.fail_all(self.dead_error)
-        self._release()
+def _require_same(before: Welcome, after: Welcome, names: Sequence[str]) -> None:
+    for name in names:
+        old, new = getattr(before.model, name), getattr(after.model, name)
+        if old != new:
+            raise EngineDeadError(
+                f"the engine core came back with another model: {name} was {old!r}, is {new!r}"
+            )
 
 
 def _retrieve_error(task: "asyncio.Task[None]") -> None:
@@ -338,10 +642,18 @@ def _weakly(method: Callable[[T], None]) -> Callable[[T], None]:
 
 
 def _release_later(
-    loop: asyncio.AbstractEventLoop, connection: Connection, process: CoreProcess | None
+    loop: asyncio.AbstractEventLoop,
+    watch: CoreWatch,
+    connection: Connection,
+    supervisor: Supervisor | None,
 ) -> None:
     """Clean up behind an engine that was dropped without shutdown, maybe by another thread."""
-    if process is not None:
-        process.stop()
+    if supervisor is not None:
+        supervisor.stop()
+
+    def disconnect() -> None:
+        watch.stop()
+        connection.close()
+
     with suppress(RuntimeError):
-        loop.call_soon_threadsafe(connection.close)
+        loop.call_soon_threadsafe(disconnect)

@@ -6,6 +6,7 @@ from typing import Self
 
 from footplate.frontend.completion import Completion
 from footplate.frontend.logprobs import Logprobs, ScoredTokens
+from footplate.frontend.notices import Notices
 from footplate.frontend.output_text import OutputText
 from footplate.frontend.outputs import RequestMetrics, RequestOutput
 from footplate.protocol.errors import FootplateError
@@ -36,7 +37,9 @@ class RequestStream:
         "_was_closed",
         "completions",
         "is_final_only",
+        "max_unread_tokens",
         "metrics",
+        "notices",
         "num_cached_tokens",
         "num_queued_tokens",
         "num_unfinished",
@@ -58,6 +61,8 @@ class RequestStream:
         metrics: RequestMetrics,
         on_abandoned: Callable[["RequestStream"], None],
         stream_interval: int = 1,
+        max_unread_tokens: int | None = None,
+        notices: Notices | None = None,
     ) -> None:
         """Open a stream; `begin` says what it is about.
 
@@ -65,6 +70,8 @@ class RequestStream:
             handle: of the first completion.
             on_abandoned: called when the consumer closes the stream before its end.
             stream_interval: of requests that name none.
+            max_unread_tokens: see `Completion`; None is no limit.
+            notices: where it is noted that a completion is to be parked, or to go on.
         """
         self.request_id = request_id
         self.prompt: str | None = None
@@ -83,6 +90,8 @@ class RequestStream:
         self._error: FootplateError | None = None
         self._was_closed = False
         self._waiter: asyncio.Future[None] | None = None
+        self.max_unread_tokens = max_unread_tokens
+        self.notices = Notices() if notices is None else notices
         self.num_unfinished = params.n
         self.completions: list[Completion] = []
         for index in range(params.n):  # no comprehension: a closure costs as much as all of this

@@ -90,7 +90,9 @@ class Watchdog:
         return Verdict.SILENT if self.is_silent else Verdict.WELL
 
     def rest(self) -> None:
-        """No pings are sent for now, so no answers are missed."""
+        """No pings are sent for now, so no answers are missed, and nothing is known of the core."""
         self._last_tick = None
         self._silent_s = 0.0
         self._frozen_s = 0.0
+        self._is_busy = False
+        self._was_told = False

@@ -108,7 +108,8 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         address: where the core binds its ROUTER: `ipc:///path` or `tcp://127.0.0.1:port`.
-        private_dir: a folder made for this core alone; the core removes it when it ends.
+        private_dir: a folder made for this core, and those that take its place, alone. Its
+            supervisor removes it; a core does so whose supervisor is gone.
         log_level: a name known to `logging`.
         weights_version: names the weights in outputs.
         has_crashed: whether the core before this one, at this address, ended by itself.

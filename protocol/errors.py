@@ -13,7 +13,9 @@
     + EngineStartError                 the engine never became ready: fix the cause, start again
       . AddressInUseError              another engine holds the address
       . ProtocolMismatchError          client and engine core are of different versions
-    + EngineDeadError                  the engine core is gone: start a new one
+    + EngineDeadError                  the engine core is gone, and could not be replaced
+    + EngineNotReadyError              the core is being replaced, or does not answer: wait
+    + EngineDrainingError              the engine takes no new requests: ask another
     + EngineClosedError                the engine was shut down by its owner
 
 A broken invariant is none of these: it is an AssertionError, and it ends the process.
@@ -105,7 +107,16 @@ class ProtocolMismatchError(EngineStartError):
 
 
 class EngineDeadError(EngineError):
-    """The engine core ended before the request did; the message holds the cause."""
+    """The engine core ended before the request did, and could not be replaced; the message holds
+    the cause."""
+
+
+class EngineNotReadyError(EngineError):
+    """The engine core is being replaced, or does not answer. Streams go on by themselves."""
+
+
+class EngineDrainingError(EngineError):
+    """The engine finishes what it has, and takes no new requests."""
 
 
 class EngineClosedError(EngineError):

@@ -19,12 +19,18 @@ from footplate.protocol.errors import EngineStartError, InvalidParameterError
 # length of its id to the core's.
 MAX_IPC_PATH_BYTES = 100
 CLIENT_ID_BYTES = 16
+SESSION_BYTES = 16
 _CLIENT_TAG_CHARS = 12
 
 
 def new_client_id() -> bytes:
     """A routing id for one client incarnation. ZeroMQ reserves a leading zero byte."""
     return b"c" + secrets.token_bytes(CLIENT_ID_BYTES - 1)
+
+
+def new_session() -> bytes:
+    """A name for one client in all of its connections, that nobody else can guess."""
+    return secrets.token_bytes(SESSION_BYTES)
 
 
 def ipc_path(address: str) -> Path | None:

@@ -235,6 +235,7 @@ class Welcome(Message, tag="welcome", frozen=True):
         has_crashed: whether that core ended by itself; False when it was killed from outside,
             and when there was none.
         weights_version: as it was given to the engine.
+        num_suspects: how many took part in that step, those of other sessions among them.
     """
 
     epoch: int
@@ -247,6 +248,7 @@ class Welcome(Message, tag="welcome", frozen=True):
     suspects: list[int] = []
     has_crashed: bool = False
     weights_version: str = ""
+    num_suspects: int = 0
 
 
 class Pong(Message, tag="pong", frozen=True):

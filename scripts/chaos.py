@@ -7,9 +7,9 @@ scripts/chaos.py --model demo --kills 50 --standby
 scripts/chaos.py --kill hang --seconds 60            or crash, stop, garbage, client
 
 Faults: "core" is SIGKILL; "crash" a core that ends itself (segmentation fault, exit, exception);
-"hang" one that computes for ever, or waits in C and keeps the interpreter's lock; "stop" is SIGSTOP
-for up to two seconds; "garbage" sends bad frames to its socket; "client" kills another client of the
-same core. Exit status 1 if anything was lost, doubled, changed or failed.
+"hang" one that computes for ever, or waits in C with the lock of the interpreter; "stop" is SIGSTOP
+for up to two seconds; "garbage" sends bad frames to its socket; "client" kills another client of
+the same core. Exit status 1 if anything was lost, doubled, changed or failed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from chaos_load import Load, make_templates
 from footplate.frontend import AsyncLLMEngine, EngineArgs
 
 FAULTS = ("core", "crash", "hang", "stop", "garbage", "client")
-# The fake model computes nothing. A step of a real one takes a while, in which there is something to
+# The fake model computes nothing. A step of a real one takes a while, and so there is something to
 # interrupt.
 FAKE_STEP = "runner.execute:sleep=0.002"
 EX_USAGE = 2
@@ -41,7 +41,8 @@ async def disturb(options: argparse.Namespace) -> bool:
     fault = make_fault(options.kill, dice)
     restarts = Restarts(fault)
     args = engine_args(options)
-    disturbed = EngineArgs(**args, **fault.engine_args, standby=options.standby, max_restarts=10**6)
+    more: dict[str, Any] = {"standby": True} if options.standby else {}
+    disturbed = EngineArgs(**args, **fault.engine_args, **more, max_restarts=10**6)
     async with AsyncLLMEngine.from_engine_args(EngineArgs(**args)) as engine:
         vocab_size = (await engine.get_model_config()).vocab_size
         load = Load(make_templates(options.requests, options.seed, vocab_size))

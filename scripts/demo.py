@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+import kill_demo
 from footplate.frontend import (
     AsyncLLMEngine,
     EngineArgs,
@@ -103,8 +105,15 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
+    parser.add_argument(
+        "--kill",
+        action="store_true",
+        help="kill the engine core in the middle of 64 streams, and count what is lost",
+    )
     parser.add_argument("--set-up-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.kill:
+        sys.exit(0 if asyncio.run(kill_demo.run(args.model)) else 1)
     asyncio.run(run(args.model, args.set_up_seconds))
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from footplate.backend.cause import describe_cause
 from footplate.backend.logits.bad_words import BadWords
 from footplate.backend.logits.errors import RowFailed
 from footplate.backend.logits.penalties import Penalties
@@ -129,7 +130,11 @@ class AdjustedRequest:
 
     def _run(self, name: str, process: LogitsProcessor, row: FloatRow) -> None:
         if not _is_distribution(row):
-            raise RowFailed(ErrorKind.LOGITS, f"no distribution before {name}: a NaN or infinity")
+            raise RowFailed(
+                ErrorKind.LOGITS,
+                f"no distribution before {name}: a NaN or infinity",
+                is_corrupted=True,
+            )
         output = self.request.token_ids[self.request.num_prompt_tokens :]
         # A view: whatever else becomes of the array, the row stays as long as the vocabulary.
         returned = _guarded(name, lambda: process(output, row[:]))
@@ -151,6 +156,12 @@ class AdjustedRequest:
                 f"the end of thinking has token {token_id}: ids are 0 to {self._vocab_size - 1}",
             )
         if grammar is None or grammar.ceiling[token_id] > 0:
+            if not _is_distribution(row):
+                raise RowFailed(
+                    ErrorKind.LOGITS,
+                    "no distribution at the end of thinking: a NaN or infinity",
+                    is_corrupted=True,
+                )
             row.fill(-np.inf)
             row[token_id] = 0.0
 
@@ -202,12 +213,4 @@ def _guarded(name: str, run: Callable[[], Result]) -> Result:
     except Terminated:
         raise
     except BaseException as error:  # sys.exit() and the like would end everybody else's request
-        raise RowFailed(ErrorKind.PROCESSOR, f"{name}: {_describe(error)}") from error
-
-
-def _describe(error: BaseException) -> str:
-    kind = type(error).__name__
-    try:
-        return f"{kind}: {error}"
-    except Exception:  # its __str__ is not ours either
-        return kind
+        raise RowFailed(ErrorKind.PROCESSOR, f"{name}: {describe_cause(error)}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from footplate.backend.cause import describe_cause
 from footplate.backend.logits.errors import RowFailed
 from footplate.backend.logits.token_set import Mask, TokenSet, TokenSets
 from footplate.backend.request import Request
@@ -19,7 +20,7 @@ class _Match:
     """A request's matcher, and how much of the output it has taken."""
 
     request: Request
-    matcher: Matcher
+    matcher: Matcher | None = None  # the worker starts it
     num_taken: int = 0
     last_taken: int = -1
     # As long as it is there and not done, the worker has the matcher.
@@ -91,8 +92,6 @@ class GrammarMasks:
                 match.job = job
 
     def _match_of(self, request: Request) -> _Match:
-        grammar = request.grammar
-        assert grammar is not None
         match = self._matches.get(request.key)
         if match is not None:
             self._wait_for(match)
@@ -103,7 +102,7 @@ class GrammarMasks:
                 and (not length or request.token_ids[start + length - 1] == match.last_taken)
             ):
                 return match
-        match = self._matches[request.key] = _Match(request, grammar.start())
+        match = self._matches[request.key] = _Match(request)
         return match
 
     def _wait_for(self, match: _Match) -> None:
@@ -135,10 +134,11 @@ class GrammarMasks:
         """
         match = self._matches[request.key]
         self._wait_for(match)
+        assert match.matcher is not None, "nothing is chosen without its mask"
         try:
             is_complete = match.matcher.advance([token_id])
-        except GrammarError as error:
-            raise self._fail(request, error) from error
+        except Exception as error:
+            raise self._fail(request, _as_grammar_error(error)) from error
         match.num_taken += 1
         match.last_taken = token_id
         return is_complete
@@ -162,13 +162,22 @@ class GrammarMasks:
                     match.allowed = self._sets.of(mask, vocab_size)
                     if not match.allowed.num_tokens:
                         match.error = GrammarError("the grammar allows no further token")
-            except GrammarError as error:
-                match.error = error
+            except BaseException as error:  # a panic in Rust is no Exception; others wait too
+                match.error = _as_grammar_error(error)
+
+
+def _as_grammar_error(error: BaseException) -> GrammarError:
+    if isinstance(error, GrammarError):
+        return error
+    return GrammarError(f"the grammar engine failed: {describe_cause(error)}")
 
 
 def _make_mask(match: _Match, vocab_size: int) -> Mask | None:
     """The mask of the next token; None where there is none, because the output is complete."""
     request = match.request
+    if match.matcher is None:
+        assert request.grammar is not None
+        match.matcher = request.grammar.start()
     missing = request.token_ids[request.num_prompt_tokens + match.num_taken :]
     if missing:
         is_complete = match.matcher.advance(missing)

@@ -28,6 +28,7 @@ Ids = npt.NDArray[np.intp]
 NO_DISTRIBUTION = RowError(
     ErrorKind.LOGITS,
     "the logits are no distribution: they hold a NaN or infinity, or no token is possible",
+    is_corrupted=True,
 )
 
 
@@ -108,6 +109,9 @@ class LogitRows:
         if wanted is not None and wanted.mode in RAW_MODES:
             edited.scored = row.copy()
         try:
+            if _forced_token(request) is not None and not np.isfinite(row.max()):
+                # Nobody is going to draw from this row, and notice.
+                raise RowFailed(ErrorKind.LOGITS, NO_DISTRIBUTION.message, is_corrupted=True)
             self._adjust(edited, row, may_narrow and (wanted is None or edited.scored is not None))
         except RowFailed as failure:
             edited.failure = failure
@@ -131,11 +135,12 @@ class LogitRows:
                 edited.is_complete = True
                 return
         adjusted = self._adjusted.get(request.key)
-        # Shorter than before: a step is run again.
+        # No longer than before: a step is run again. A processor of somebody else's may remember
+        # that it was called.
         if (
             adjusted is None
             or adjusted.request is not request
-            or adjusted.num_tokens > len(request.token_ids)
+            or adjusted.num_tokens >= len(request.token_ids)
         ):
             adjusted = AdjustedRequest(request, len(row), self._processors)
             self._adjusted[request.key] = adjusted
@@ -157,7 +162,7 @@ class LogitRows:
         if adjusted is None:
             return NO_DISTRIBUTION
         message = f"{NO_DISTRIBUTION.message}; the request has {adjusted.name_changes()}"
-        return RowError(ErrorKind.LOGITS, message)
+        return RowError(ErrorKind.LOGITS, message, is_corrupted=True)
 
     def settle(self, edited: EditedRow, index: int, result: StepResult) -> None:
         """Complete a step's result in one place: a forced token, the grammar, logprobs, an error.

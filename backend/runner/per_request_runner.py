@@ -7,11 +7,15 @@ chunked attention: all of it lives in a cache object that only the model underst
 
 import inspect
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from footplate.backend.logits.wanted import prompt_positions
+from footplate.backend.request import Request
 from footplate.backend.runner.sampler import Sampler
 from footplate.backend.step import RunnerFacts, StepPlan, StepResult
 
@@ -19,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Recurrent families name their cache differently.
 CACHE_NAMES = ("past_key_values", "cache_params")
+# Layers that put new tensors in the place of theirs, and change none.
+REPLACING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class CacheError(Exception):
@@ -66,6 +72,24 @@ class CachedModel:
             raise CacheError(f"{type(self._model).__name__} returns no cache")
         return output.logits[0, -num_rows:].float(), cache
 
+    def remember(self, cache: Any) -> Callable[[], None] | None:
+        """What takes a cache back to how it is now, if the next forward raises half-way; None for
+        caches that are changed in place."""
+        if type(cache) is not DynamicCache:
+            return None
+        layers = list(cache.layers)
+        if not all(type(layer) in REPLACING_LAYERS for layer in layers):
+            return None
+        contents = [vars(layer).copy() for layer in layers]
+
+        def take_back() -> None:
+            cache.layers[:] = layers
+            for layer, content in zip(layers, contents, strict=True):
+                vars(layer).clear()
+                vars(layer).update(content)
+
+        return take_back
+
     def measure_bytes_per_token(self) -> int:
         """What the cache of one sequence grows by with every token; 0 for recurrent state."""
         short, long = (self.forward([0] * n, None)[1] for n in (4, 12))
@@ -82,8 +106,27 @@ def _num_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Logits of one request that nothing has been made of yet.
+
+    Attributes:
+        chunk: the tokens that they were wanted for, by position.
+        scored: prompt positions that the first of them score.
+        logits: [len(scored) + 1, vocab], or [1, vocab].
+    """
+
+    chunk: range
+    scored: range
+    logits: torch.Tensor
+
+
 class PerRequestRunner:
     """A `ModelRunner` that owns one model cache per running request, by `Request.key`.
+
+    A cache only goes forward, so a forward is not simply done again when its step is: rows of a
+    step that raised are kept until a step has made something of them, and a cache whose forward
+    raised is taken back, or made anew from the start where it cannot be.
 
     Where prompts are computed in one forward, their logits are scored in one step too, as many as
     there are: `max_scored_rows` holds for chunks.
@@ -102,16 +145,18 @@ class PerRequestRunner:
         self._sampler = sampler
         # By request key: how many tokens are in the cache, and the cache.
         self._states: dict[int, tuple[int, Any]] = {}
+        self._rows: dict[int, _Rows] = {}  # likewise
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `ModelRunner`."""
         for key in plan.released:
             self._states.pop(key, None)
+            self._rows.pop(key, None)
         self._sampler.forget(plan.released)
         requests = [plan.requests[i] for i in plan.sampling]
         self._sampler.prepare(requests, self.facts.model.vocab_size)
         sampling = set(plan.sampling)
-        rows = []
+        last_rows = []
         prompt_logprobs = {}
         for index, (request, count) in enumerate(
             zip(plan.requests, plan.num_new_tokens, strict=True)
@@ -119,25 +164,46 @@ class PerRequestRunner:
             is_last = index in sampling
             if not (is_last or self._prefill_in_chunks):
                 continue
-            start, end = request.num_computed_tokens, request.num_computed_tokens + count
-            # A state of another length is of no use: the request was preempted, or its chunks
-            # were collected, or a step was run again. From the start then; it costs time only.
-            length, cache = self._states.pop(request.key, (0, None))
-            if length != start:
-                start, cache = 0, None
-            scored = prompt_positions(request, start, end)
-            num_rows = end - scored.start + 1 if scored else 1
-            logits, cache = self._model.forward(request.token_ids[start:end], cache, num_rows)
-            self._states[request.key] = (end, cache)
-            if scored:
+            rows = self._compute(request, count)
+            if rows.scored:
                 prompt_logprobs[index] = self._sampler.score_prompt(
-                    logits[: len(scored)], request, scored
+                    rows.logits[: len(rows.scored)], request, rows.scored
                 )
             if is_last:
-                rows.append(logits[-1])
-        result = self._sampler.sample(torch.stack(rows), requests) if rows else StepResult()
+                last_rows.append(rows.logits[-1])
+        result = (
+            self._sampler.sample(torch.stack(last_rows), requests) if requests else StepResult()
+        )
         result.prompt_logprobs = prompt_logprobs
+        for request in plan.requests:
+            self._rows.pop(request.key, None)
         return result
+
+    def _compute(self, request: Request, count: int) -> _Rows:
+        """The rows of a request's next `count` tokens, of a step that raised or of a forward."""
+        key, start = request.key, request.num_computed_tokens
+        chunk = range(start, start + count)
+        rows = self._rows.get(key)
+        if rows is None or rows.chunk != chunk:
+            # A state of another length is of no use: the request was preempted, or its chunks
+            # were collected, or a step was run again. From the start then; it costs time only.
+            length, cache = self._states.pop(key, (0, None))
+            if length != start:
+                start, cache = 0, None
+            scored = prompt_positions(request, start, chunk.stop)
+            num_rows = chunk.stop - scored.start + 1 if scored else 1
+            token_ids = request.token_ids[start : chunk.stop]
+            take_back = self._model.remember(cache)
+            try:
+                logits, state = self._model.forward(token_ids, cache, num_rows)
+            except Exception:
+                if take_back is not None:
+                    take_back()
+                    self._states[key] = (start, cache)
+                raise
+            self._states[key] = (chunk.stop, state)
+            rows = self._rows[key] = _Rows(chunk, scored, logits)
+        return rows
 
 
 def probe_chunks(model: Any, cached: CachedModel, tolerance: float) -> bool:

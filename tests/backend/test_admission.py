@@ -199,6 +199,11 @@ def test_n_counts_as_n_requests_and_one_prompt() -> None:
     assert "max_num_queued_reqs" in overflow(backlog=(6, 0), fields={"n": 3})
 
 
+def test_a_replayed_request_has_been_queued_before_and_knows_no_limit() -> None:
+    check(backlog=(8, 50), fields={"n": 3, "is_replay": True})
+    assert refusal([], backlog=(8, 50), fields={"is_replay": True})
+
+
 def test_an_invalid_request_is_invalid_also_when_there_is_no_room() -> None:
     assert refusal([], backlog=(8, 50))
 

@@ -8,6 +8,7 @@ import pytest
 
 from footplate.backend.core_process import BACKLOG_RETRY_S, LONGEST_SLEEP_S, _patience, _start
 from footplate.backend.engine_core import EngineCore
+from footplate.backend.flight_recorder import FlightRecorder
 from footplate.backend.inbox import Inbox
 from footplate.backend.outbox import Outbox
 from footplate.protocol.config import CoreConfig, ModelConfig, RequestConfig
@@ -65,7 +66,7 @@ def test_the_core_tells_and_keeps_what_requests_may_ask_for() -> None:
     inbox = Announcements()
     requests = RequestConfig(max_num_queued_reqs=0, max_logprobs=7)
     config = CoreConfig(address="", model=ModelConfig(model="fake"), requests=requests)
-    core = _start(config, cast(Inbox, inbox))
+    core = _start(config, cast(Inbox, inbox), FlightRecorder(None, 1))
     gc.unfreeze()
     welcome = inbox.said[-1]
     assert isinstance(welcome, Welcome)

@@ -11,6 +11,7 @@ import pytest
 from footplate.backend.engine_core import EngineCore
 from footplate.backend.runner.fake import FakeModelRunner, digest_prefix, next_token
 from footplate.backend.step import RowError, ScoredRows, StepPlan, StepResult
+from footplate.backend.step_guard import StepGuard
 from footplate.protocol.bounds import MAX_N
 from footplate.protocol.config import (
     CacheConfig,
@@ -435,7 +436,7 @@ class Scripted:
         self.facts = driver.runner.facts
         self.results = results
         self.plans: list[StepPlan] = []
-        driver.core._runner = self
+        driver.core._guard = StepGuard(self)
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)

@@ -12,10 +12,16 @@ LISTED = {
     (State.HELD, Event.FINISH): State.FINISHED,
     (State.WAITING, Event.ADMIT): State.RUNNING,
     (State.WAITING, Event.FINISH): State.FINISHED,
+    (State.WAITING, Event.PARK): State.PARKED,
     (State.RUNNING, Event.PREEMPT): State.PREEMPTED,
+    (State.RUNNING, Event.PARK): State.PARKED,
     (State.RUNNING, Event.FINISH): State.FINISHED,
     (State.PREEMPTED, Event.ADMIT): State.RUNNING,
+    (State.PREEMPTED, Event.PARK): State.PARKED,
     (State.PREEMPTED, Event.FINISH): State.FINISHED,
+    (State.PARKED, Event.RELEASE): State.WAITING,
+    (State.PARKED, Event.RESUME): State.PREEMPTED,
+    (State.PARKED, Event.FINISH): State.FINISHED,
 }
 
 
@@ -56,6 +62,12 @@ def test_output_tokens_are_those_behind_the_prompt() -> None:
     assert running.num_output_tokens == 0
     running.token_ids += [8, 9]
     assert running.num_output_tokens == 2
+
+
+def test_a_request_uses_its_clients_share_unless_it_is_said_whose() -> None:
+    params = TokenParams(0.0, 1.0, 0, 0.0, 0, 16, 0, ())
+    assert request().share == b"client"
+    assert Request(1, b"client", 7, [3], 1, params, share=b"session").share == b"session"
 
 
 def test_requests_are_told_apart_by_identity() -> None:

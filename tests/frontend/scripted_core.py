@@ -19,6 +19,8 @@ from footplate.protocol.messages import (
     Limits,
     Message,
     ModelFacts,
+    Ping,
+    Pong,
     StepOutputs,
     Welcome,
 )
@@ -72,12 +74,17 @@ class ScriptedCore:
             self._context.term()
 
     async def hear(self) -> ClientMessage:
-        """The client's next message."""
-        if not self._frames:
-            async with asyncio.timeout(PATIENCE_S):
-                self._client, *self._frames = await self._router.recv_multipart()
-            self.num_frames.append(len(self._frames))
-        return self._decode(self._frames.pop(0))
+        """The client's next message; pings are answered in passing, by a core that is idle."""
+        while True:
+            if not self._frames:
+                async with asyncio.timeout(PATIENCE_S):
+                    self._client, *self._frames = await self._router.recv_multipart()
+                self.num_frames.append(len(self._frames))
+            message = self._decode(self._frames.pop(0))
+            if not isinstance(message, Ping):
+                return message
+            self.num_frames.pop()
+            await self.answer(Pong(message.number, EPOCH, 0, False, 0.0))
 
     async def hear_hello(self) -> Hello:
         self.hello = await self.hear()  # type: ignore[assignment]
@@ -87,6 +94,8 @@ class ScriptedCore:
     async def accept(self, welcome: Welcome = WELCOME) -> None:
         """Hear Hello, connect back, say Welcome."""
         hello = await self.hear_hello()
+        self._push.close(linger=0)  # to the connection before
+        self._push = self._context.socket(zmq.PUSH)
         self._push.connect(hello.output_endpoint)
         await self.answer(welcome)
 

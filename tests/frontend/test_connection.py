@@ -50,7 +50,7 @@ class Ear:
         self._news = asyncio.Event()
 
     def connect(self, address: str) -> Connection:
-        return Connection(address, self._on_messages, self._on_lost, self._on_progress)
+        return Connection(address, b"", self._on_messages, self._on_lost, self._on_progress)
 
     def _on_messages(self, messages: list[CoreMessage]) -> None:
         self.messages += messages

@@ -33,6 +33,7 @@ from footplate.protocol.errors import InvalidParameterError
         ("long_prefill_token_threshold", [0, 1, 2**31 - 1]),
         ("max_num_queued_reqs", [None, 1]),
         ("max_num_queued_tokens", [None, 1]),
+        ("max_unread_tokens", [None, 1, 10**6]),
         ("max_logprobs", [-1, 0, 20, 2**31 - 1]),
         ("logprobs_mode", ["raw_logprobs", "processed_logits"]),
         ("stream_interval", [1, 100]),
@@ -72,6 +73,7 @@ POSITIVE = [0, -1, 1.5, True, "1", 2**63]
         ("long_prefill_token_threshold", [-1, 2**31, 1.0, None, True]),
         ("max_num_queued_reqs", POSITIVE),
         ("max_num_queued_tokens", POSITIVE),
+        ("max_unread_tokens", POSITIVE),
         ("max_logprobs", [-2, 2**31, None, 1.5]),
         ("logprobs_mode", ["raw", None, 0]),
         ("stream_interval", [*POSITIVE, None]),
@@ -131,6 +133,7 @@ MOVED: dict[str, tuple[Any, str]] = {
     "long_prefill_token_threshold": (64, "scheduler.long_prefill_token_threshold"),
     "max_num_queued_reqs": (7, "requests.max_num_queued_reqs"),
     "max_num_queued_tokens": (8, "requests.max_num_queued_tokens"),
+    "max_unread_tokens": (9, "requests.max_unread_tokens"),
     "max_logprobs": (-1, "requests.max_logprobs"),
     "logprobs_mode": ("raw_logits", "requests.logprobs_mode"),
     "stream_interval": (5, "requests.stream_interval"),
@@ -138,8 +141,15 @@ MOVED: dict[str, tuple[Any, str]] = {
     "reasoning_start_str": ("[THINK]", "requests.reasoning_start_str"),
     "reasoning_end_str": ("[/THINK]", "requests.reasoning_end_str"),
     "log_level": ("ERROR", "log_level"),
+    "weights_version": ("v2", "weights_version"),
 }
-OF_THE_CLIENT = {"start_timeout_s"}
+OF_THE_CLIENT = {
+    "start_timeout_s",
+    "max_restarts",
+    "restart_window_s",
+    "stall_timeout_s",
+    "hang_timeout_s",
+}
 
 
 def test_every_argument_reaches_the_core() -> None:
@@ -156,4 +166,5 @@ def test_every_argument_reaches_the_core() -> None:
 
 
 def test_the_core_has_the_same_defaults() -> None:
-    assert EngineArgs().core_config("ipc:///x") == CoreConfig(address="ipc:///x")
+    theirs = CoreConfig(address="ipc:///x", weights_version="demo")
+    assert EngineArgs().core_config("ipc:///x") == theirs

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,7 +23,7 @@ from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
     ControlReply,
-    EngineFailed,
+    EngineStopping,
     Finished,
     FinishReason,
     GetStats,
@@ -264,7 +263,7 @@ async def test_a_request_that_the_core_could_not_finish_fails_alone(core: Script
         with pytest.raises(RequestFailedError, match="'a': NaN logits"):
             await outputs_of(failed)
         assert await outputs_of(whole) == [5]
-        await engine.check_health()
+        assert engine.is_running
 
 
 async def expect_death(engine: AsyncLLMEngine, core: ScriptedCore, words: str) -> None:
@@ -286,12 +285,7 @@ async def expect_death(engine: AsyncLLMEngine, core: ScriptedCore, words: str) -
     assert not engine.errored
 
 
-@pytest.mark.parametrize(
-    "death", ["it says so", "it vanishes", "it dismisses us", "it makes no sense"]
-)
-async def test_the_death_of_the_core_reaches_every_stream_and_call(
-    core: ScriptedCore, death: str
-) -> None:
+async def test_the_end_of_an_engine_reaches_every_stream_and_call(core: ScriptedCore) -> None:
     async with attached(core) as engine:
         ahead, request = await ask(engine, core)
         await core.push_tokens(request.handle, 0, 5, 6)
@@ -299,19 +293,8 @@ async def test_the_death_of_the_core_reaches_every_stream_and_call(
         waiting += [asyncio.create_task(call()) for call in (engine.get_stats,)]  # type: ignore[arg-type]
         for _ in waiting:
             await core.hear()
-        match death:
-            case "it says so":
-                words = "RuntimeError: out of memory"
-                await core.push(EngineFailed(words))
-            case "it vanishes":
-                words = "the engine core closed the connection"
-                core.close()
-            case "it makes no sense":
-                words = "outputs that make no sense"
-                await core.push(StepOutputs(EPOCH, [98, 99], [2], [7, 8]))
-            case _:
-                words = "too much left unread"
-                await core.answer(Refused("dismissed", words))
+        words = "the engine was stopped: it was told to"
+        await core.push(EngineStopping("it was told to"))
         for task in waiting:
             with pytest.raises(EngineDeadError, match=words):
                 async with asyncio.timeout(PATIENCE_S):
@@ -323,7 +306,7 @@ async def test_the_death_of_the_core_reaches_every_stream_and_call(
 
 
 async def test_a_core_that_dies_at_its_welcome_is_noticed(core: ScriptedCore) -> None:
-    engine = AsyncLLMEngine.connect(core.address, timeout_s=PATIENCE_S)
+    engine = AsyncLLMEngine.connect(core.address, timeout_s=0.5)
     starting = asyncio.create_task(engine.start())
     await core.accept()
     core.close()
@@ -390,17 +373,18 @@ async def test_progress_of_the_start_is_reported(core: ScriptedCore) -> None:
     engine.shutdown()
 
 
-async def test_an_engine_that_was_lost_can_be_attached_to_again(
-    core: ScriptedCore, tmp_path: Path
-) -> None:
+async def test_an_engine_that_was_stopped_can_be_attached_to_again(core: ScriptedCore) -> None:
     engine = AsyncLLMEngine.connect(core.address, timeout_s=PATIENCE_S)
     starting = asyncio.create_task(engine.start())
     await core.accept()
     await starting
-    core.close()
+    asking = asyncio.create_task(engine.get_stats())
+    await core.hear()
+    await core.push(EngineStopping("it was told to"))
     with pytest.raises(EngineDeadError):
-        await engine.get_stats()
+        await asking
     engine.shutdown()
+    core.close()
     with ScriptedCore.at(core.address) as other:
         starting = asyncio.create_task(engine.start())
         await other.accept()

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from footplate.frontend import LLM, AsyncLLMEngine, EngineArgs, SamplingParams, session
+from footplate.frontend import LLM, AsyncLLMEngine, EngineArgs, SamplingParams, supervisor
 from footplate.protocol.errors import EngineClosedError
 
 forgotten: LLM
@@ -90,7 +90,7 @@ def main(what: str, where: str) -> None:
     def make_private_dir() -> Path:
         return Path(tempfile.mkdtemp(dir=where))
 
-    session.make_private_dir = make_private_dir  # type: ignore[attr-defined]
+    supervisor.make_private_dir = make_private_dir  # type: ignore[attr-defined]
     match what:
         case "attached":
             asyncio.run(attached(where))

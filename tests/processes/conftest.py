@@ -184,4 +184,3 @@ def start_core(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartC
         core.let_through(1000)
         core.process.stop()
         os.close(core.gate)
-        assert not core.folder.exists()

@@ -39,8 +39,12 @@ class ObedientRunner(FakeModelRunner):
         return super().execute(plan)
 
 
+class AcceleratorError(RuntimeError):
+    """By its name, the device is lost: there is nobody else to try the step with."""
+
+
 def fail() -> None:
-    raise RuntimeError("the step failed\n  for a reason")
+    raise AcceleratorError("the step failed\n  for a reason")
 
 
 def obey(mode: str, gate: str) -> None:

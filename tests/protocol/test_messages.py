@@ -19,10 +19,14 @@ from footplate.protocol.errors import MessageTooLargeError
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
+    Attached,
+    AttachRequest,
     ClientMessage,
     ControlReply,
     CoreMessage,
+    Drain,
     EngineFailed,
+    EngineStopping,
     ErrorKind,
     Finished,
     FinishReason,
@@ -33,9 +37,13 @@ from footplate.protocol.messages import (
     LogprobRows,
     Message,
     ModelFacts,
+    ParkRequests,
+    Ping,
+    Pong,
     Progress,
     Refused,
     ResetPrefixCache,
+    ResumeRequests,
     Started,
     Stats,
     StepOutputs,
@@ -71,35 +79,46 @@ LIMITS = Limits(256, 512, "fcfs", 16, 100, True)
 STATS = Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
 
 GOLDEN_CLIENT: list[tuple[Message, str]] = [
-    (Hello((1, 0), "ipc:///x"), "93a568656c6c6f920100a86970633a2f2f2f78"),
+    (Hello((1, 0), "ipc:///x"), "95a568656c6c6f920100a86970633a2f2f2f78c400a0"),
     (
         AddRequest(1, [300, 4], PARAMS, -1, "s"),
-        "9ba36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
-        "009102c0c0c0c0c2ffa1730190cb0000000000000000c0c0",
+        "9ea36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
+        "009102c0c0c0c0c2ffa1730190cb0000000000000000c0c0c2c2c0",
     ),
     (
         AddRequest(1, [300, 4], EVERYTHING, 0, "", 3, [5], 0.5, 1.0, 2.0),
-        "9ba36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
+        "9ea36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
         "00910299cb3ff0000000000000cbbff0000000000000cb3ff80000000000008103cb4000000000000000"
         "92010291920405930591069107910891920081a178910196029101009102010392aa73746172743a202f"
         "612faa6c6c67756964616e636593040102c300a0039105cb3fe0000000000000cb3ff0000000000000cb"
-        "4000000000000000",
+        "4000000000000000c2c2c0",
     ),
     (AbortRequests([1, 2]), "92a561626f7274920102"),
     (Goodbye(), "91a3627965"),
     (ResetPrefixCache(3), "92b272657365745f7072656669785f636163686503"),
     (GetStats(4), "92a96765745f737461747304"),
+    (
+        Hello((1, 2), "ipc:///x", b"\1\2", "key"),
+        "95a568656c6c6f920102a86970633a2f2f2f78c4020102a36b6579",
+    ),
+    (Ping(5), "92a470696e6705"),
+    (AttachRequest(6, "a-1"), "93a661747461636806a3612d31"),
+    (ParkRequests([1, 2]), "92a47061726b920102"),
+    (ResumeRequests([3]), "92a6726573756d659103"),
+    (Drain(4, 1.5), "93a5647261696e04cb3ff8000000000000"),
 ]
 
 GOLDEN_CORE: list[tuple[Message, str]] = [
     (
         Welcome(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
-        "98a777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab7061676564"
+        "9ba777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab7061676564"
         "20746f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe00000"
-        "0000000088ac6d61785f6c6f6770726f627314ad6c6f6770726f62735f6d6f6465ac7261775f6c6f6770"
+        "000000008bac6d61785f6c6f6770726f627314ad6c6f6770726f62735f6d6f6465ac7261775f6c6f6770"
         "726f6273af73747265616d5f696e74657276616c01b16c6f676974735f70726f636573736f727390b372"
         "6561736f6e696e675f73746172745f737472c0b1726561736f6e696e675f656e645f737472c0b36d6178"
-        "5f6e756d5f7175657565645f72657173c0b56d61785f6e756d5f7175657565645f746f6b656e73c0",
+        "5f6e756d5f7175657565645f72657173c0b56d61785f6e756d5f7175657565645f746f6b656e73c0b16d"
+        "61785f756e726561645f746f6b656e73cd1000a76c656173655f73cb404e000000000000ab6c65617365"
+        "5f6279746573ce0400000090c2a0",
     ),
     (
         Progress("loading weights", 0.25),
@@ -143,11 +162,21 @@ GOLDEN_CORE: list[tuple[Message, str]] = [
         ControlReply(3, False, "requests are running"),
         "95a57265706c7903c2b47265717565737473206172652072756e6e696e67c0",
     ),
-    (ControlReply(4, True, "", STATS), "95a57265706c7904c3a09b0102030405060708090a0b"),
+    (
+        ControlReply(4, True, "", STATS),
+        "95a57265706c7904c3a0dc00100102030405060708090a0b0000000000",
+    ),
     (
         EngineFailed("RuntimeError: out of memory"),
         "92a66661696c6564bb52756e74696d654572726f723a206f7574206f66206d656d6f7279",
     ),
+    (Pong(5, 9, 7, True, 0.25), "96a4706f6e67050907c3cb3fd0000000000000"),
+    (
+        Attached(6, AddRequest(1, [300, 4], PARAMS, is_replay=True, request_id="a-1")),
+        "93a86174746163686564069ea36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000"
+        "cb00000000000000000703009102c0c0c0c0c200a00190cb0000000000000000c0c0c3c2a3612d31",
+    ),
+    (EngineStopping("told to end"), "92a873746f7070696e67ab746f6c6420746f20656e64"),
 ]
 
 
@@ -180,6 +209,37 @@ GOLDEN_1_0: list[tuple[Message, str]] = [
         ),
         "98a36f75740992010292000593cd012c040792010291940110cb3fe0000000000000cb3fd0000000000000"
         "92930201a0930303a3776879",
+    ),
+]
+
+# What peers of version 1.1 sent.
+GOLDEN_1_1: list[tuple[Message, str]] = [
+    (Hello((1, 0), "ipc:///x"), "93a568656c6c6f920100a86970633a2f2f2f78"),
+    (
+        AddRequest(1, [300, 4], PARAMS, -1, "s"),
+        "9ba36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
+        "009102c0c0c0c0c2ffa1730190cb0000000000000000c0c0",
+    ),
+    (
+        AddRequest(1, [300, 4], EVERYTHING, 0, "", 3, [5], 0.5, 1.0, 2.0),
+        "9ba36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
+        "00910299cb3ff0000000000000cbbff0000000000000cb3ff80000000000008103cb4000000000000000"
+        "92010291920405930591069107910891920081a178910196029101009102010392aa73746172743a202f"
+        "612faa6c6c67756964616e636593040102c300a0039105cb3fe0000000000000cb3ff0000000000000cb"
+        "4000000000000000",
+    ),
+    (
+        Welcome(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
+        "98a777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab7061676564"
+        "20746f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe00000"
+        "0000000088ac6d61785f6c6f6770726f627314ad6c6f6770726f62735f6d6f6465ac7261775f6c6f6770"
+        "726f6273af73747265616d5f696e74657276616c01b16c6f676974735f70726f636573736f727390b372"
+        "6561736f6e696e675f73746172745f737472c0b1726561736f6e696e675f656e645f737472c0b36d6178"
+        "5f6e756d5f7175657565645f72657173c0b56d61785f6e756d5f7175657565645f746f6b656e73c0",
+    ),
+    (
+        ControlReply(4, True, "", STATS),
+        "95a57265706c7904c3a09b0102030405060708090a0b",
     ),
 ]
 
@@ -234,8 +294,8 @@ def test_a_message_of_the_other_direction_is_a_bad_frame(message: Message, golde
 # ---- an older or a newer peer
 
 
-@pytest.mark.parametrize(("message", "golden"), GOLDEN_1_0)
-def test_bytes_of_the_first_version_are_decoded_to_what_they_meant(
+@pytest.mark.parametrize(("message", "golden"), GOLDEN_1_0 + GOLDEN_1_1)
+def test_bytes_of_earlier_versions_are_decoded_to_what_they_meant(
     message: Message, golden: str
 ) -> None:
     assert decode(type(message), bytes.fromhex(golden)) == message

@@ -5,11 +5,11 @@ from itertools import chain
 from zlib import crc32
 
 from footplate.backend.request import Request
-from footplate.backend.runner.fake import digest_prefix, next_token
+from footplate.backend.runner.fake import digest_prefix
 from footplate.backend.step import RowError, RunnerFacts, ScoredRows, StepPlan, StepResult
 
 from .marks import Marks
-from .oracle import row_of
+from .oracle import chosen_token, row_of
 
 # A token, and a digest of the salt and of all tokens up to and including it: as keys and values
 # do, an entry depends on everything before it.
@@ -176,7 +176,8 @@ class CheckingRunner:
             return
         token_ids = [entry[0] for entry in context if entry]
         vocab_size = self.facts.model.vocab_size
-        token_id = next_token(digest_prefix(token_ids), position, request.params, vocab_size)
+        output = token_ids[request.num_prompt_tokens :]
+        token_id = chosen_token(digest_prefix(token_ids), output, request.params, vocab_size)
         result.token_ids.append(token_id)
         if self._marks.is_complete_at(*place):
             result.complete.add(row)

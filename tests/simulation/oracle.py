@@ -16,7 +16,7 @@ from footplate.protocol.messages import (
     ModelFacts,
     Started,
 )
-from footplate.protocol.token_params import RepetitionDetection
+from footplate.protocol.token_params import RepetitionDetection, TokenParams
 
 from .marks import Marks
 
@@ -46,7 +46,7 @@ def expected_stream(
         if kind := marks.error_at(client, handle, len(output)):
             return output[num_prior:], FinishReason.ERROR, kind
         is_complete = marks.is_complete_at(client, handle, len(output))
-        token_id = next_token(digest, len(output), params, model.vocab_size)
+        token_id = chosen_token(digest, output, params, model.vocab_size)
         output.append(token_id)
         digest = digest_prefix([token_id], digest)
         if is_complete or (token_id in params.stop_token_ids and len(output) > params.min_tokens):
@@ -55,6 +55,16 @@ def expected_stream(
             return ends(FinishReason.LENGTH)
         if len(output) >= params.min_tokens and is_repetitive(output, params.repetition):
             return ends(FinishReason.REPETITION)
+
+
+def chosen_token(digest: int, output: list[int], params: TokenParams, vocab_size: int) -> int:
+    """The token behind `output`, at the end of a prefix of this digest.
+
+    Penalties count the output, wherever it came from: here they choose by it once more.
+    """
+    if params.adjustments is not None:
+        digest = digest_prefix(output, digest)
+    return next_token(digest, len(output), params, vocab_size)
 
 
 def prior_ends_it(client: bytes, message: AddRequest, marks: Marks) -> bool:

@@ -1,0 +1,70 @@
+"""What a client does when it has come to a core, be it the first, another, or the same again.
+
+Pure: messages in, messages out.
+"""
+
+from msgspec.structs import replace
+
+from footplate.frontend.engine_client import EngineClient
+from footplate.frontend.quarantine import Quarantine
+from footplate.protocol.errors import RequestFailedError
+from footplate.protocol.messages import AddRequest, StepOutputs, Welcome
+
+BLAME = "engine cores ended in steps in which it took part alone, so it is not run again"
+
+
+class Recovery:
+    """Owns which core the client listens to, and the quarantine of its requests.
+
+    Attributes:
+        num_replayed: messages by which requests went on in another core, or by another connection.
+    """
+
+    def __init__(self, client: EngineClient) -> None:
+        self.num_replayed = 0
+        self._client = client
+        self._quarantine = Quarantine()
+        self._epoch: int | None = None
+
+    def accepts(self, outputs: StepOutputs) -> bool:
+        """Whether they are of the core that the client listens to."""
+        return outputs.epoch == self._epoch
+
+    def welcome(self, welcome: Welcome, now: float, cause: str = "") -> list[AddRequest]:
+        """A core is ready; what to tell it, so that everything goes on.
+
+        Args:
+            now: monotonic seconds.
+            cause: why the core before it ended, for those that are to blame for it.
+        """
+        # A core that is the same still tells of the end of the one before it.
+        if welcome.epoch != self._epoch:
+            self._epoch = welcome.epoch
+            self._judge(welcome, cause)
+        self._client.note_weights(welcome.weights_version)
+        messages = self._client.replay(now)
+        self.num_replayed += len(messages)
+        return [
+            replace(message, run_alone=True) if self._runs_alone(message) else message
+            for message in messages
+        ]
+
+    def _judge(self, welcome: Welcome, cause: str) -> None:
+        client = self._client
+        suspects = [handle for handle in welcome.suspects if client.is_live(handle)]
+        culprits, _ = self._quarantine.judge(
+            suspects,
+            client.num_tokens,
+            was_alone=len(suspects) == welcome.num_suspects
+            and len({client.request_id(handle) for handle in suspects}) == 1,
+            has_crashed=welcome.has_crashed,
+        )
+        for handle in culprits:
+            if client.is_live(handle):  # a sibling may have ended the whole request
+                client.fail(handle, RequestFailedError(f"{BLAME}: {cause}"))
+
+    def _runs_alone(self, message: AddRequest) -> bool:
+        return any(
+            self._quarantine.runs_alone(handle, self._client.num_tokens(handle))
+            for handle in range(message.handle, message.handle + message.n)
+        )

@@ -1,0 +1,153 @@
+"""Keeps an engine core running at one address: starts it, replaces it, ends it.
+
+The same for an engine inside an application and for one that was launched: what differs is who
+chose the address.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from footplate.frontend.core_process import CoreProcess
+from footplate.frontend.engine_args import EngineArgs
+from footplate.frontend.restart_budget import RestartBudget
+from footplate.protocol.config import CoreConfig
+from footplate.protocol.errors import EngineDeadError, EngineStartError
+from footplate.protocol.links import make_private_dir
+
+# How a process ends that others have ended: by hand, or by a system that ran out of memory.
+_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+class _Listener:
+    """Who is told of a core's end. A thread that waits for it holds this, and not its supervisor:
+    that may be dropped."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[EngineStartError], object] = lambda error: None
+
+    def __call__(self, error: EngineStartError) -> None:
+        self.tell(error)
+
+
+class Supervisor:
+    """Owns the core's process, its private folder, and how often it may still be replaced. Use
+    from one event loop.
+
+    Args:
+        address: where the core listens; None makes a private folder for its socket.
+    """
+
+    def __init__(self, args: EngineArgs, address: str | None = None) -> None:
+        self._args = args
+        self._given_address = address
+        self._config: CoreConfig | None = None
+        self._budget = RestartBudget(args.max_restarts, args.restart_window_s)
+        self._process: CoreProcess | None = None
+        self._listener = _Listener()
+        self._killed_for: str | None = None
+        self._folder: weakref.finalize[..., Supervisor] | None = None
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the core; None when none was started."""
+        return None if self._process is None else self._process.process_id
+
+    def listen(self, on_exit: Callable[[EngineStartError], object]) -> None:
+        """Say who is told, from now on, when a core has ended that was not told to.
+
+        Args:
+            on_exit: called from another thread; the error says why.
+        """
+        self._listener.tell = on_exit
+
+    def start(self) -> str:
+        """Start the core; its address."""
+        address, folder = self._given_address, None
+        if address is None:
+            folder = make_private_dir()
+            address = f"ipc://{folder / 'engine.sock'}"
+            self._folder = weakref.finalize(self, _remove, folder, os.getpid())
+        self._config = self._args.core_config(address, None if folder is None else str(folder))
+        self._launch(has_crashed=False)
+        return address
+
+    def _launch(self, *, has_crashed: bool) -> None:
+        assert self._config is not None
+        self._killed_for = None
+        config = msgspec.structs.replace(self._config, has_crashed=has_crashed)
+        self._process = CoreProcess(config, self._listener)
+
+    async def restart(self, cause: str, *, had_served: bool, has_failed: bool) -> None:
+        """Replace a core that has ended, or is of no use any more.
+
+        Args:
+            cause: why it has ended.
+            had_served: whether it was ever ready.
+            has_failed: whether it has said so itself; otherwise its process tells.
+
+        Raises:
+            EngineDeadError: it has been replaced often enough.
+        """
+        assert self._process is not None
+        delay_s = self._budget.spend(time.monotonic(), had_served=had_served)
+        if delay_s is None:
+            limit, window_s = self._args.max_restarts, self._args.restart_window_s
+            raise EngineDeadError(
+                f"{cause} (the core had been replaced {limit} times within {window_s:g} s, which "
+                "is max_restarts)"
+            )
+        # Its memory and its address must be free before another can have them.
+        await asyncio.to_thread(self._process.kill)
+        has_crashed = has_failed or self._has_crashed()
+        await asyncio.sleep(delay_s)
+        self._launch(has_crashed=has_crashed)
+
+    def _has_crashed(self) -> bool:
+        """Whether the core ended by itself; a hung one was ended by us, and not for nothing."""
+        assert self._process is not None
+        status = self._process.exit_status
+        was_ended = status is not None and -status in _OUTSIDE
+        return self._killed_for is not None or not was_ended
+
+    def explain(self, error: EngineStartError) -> str:
+        """Why the core has ended, given what its process tells."""
+        return self._killed_for or str(error)
+
+    def dump_stacks(self) -> None:
+        """Have the core write to its log where each of its threads is. It needs no turn of the
+        interpreter for that."""
+        if self._process is not None:
+            self._process.signal(signal.SIGUSR1)
+
+    def kill(self, cause: str) -> None:
+        """End a core that hangs; whoever listens is told."""
+        if self._process is not None:
+            self._killed_for = cause
+            self._process.signal(signal.SIGKILL)
+
+    async def end(self) -> None:
+        """Let the core take leave of its clients, and then end it."""
+        if self._process is not None:
+            await asyncio.to_thread(self._process.terminate)
+        self.stop()
+
+    def stop(self) -> None:
+        """End the core at once. May be called more than once."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+        if self._folder is not None:
+            self._folder()
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a fork of the owner, at whose end finalizers run as well
+        shutil.rmtree(folder, ignore_errors=True)

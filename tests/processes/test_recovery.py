@@ -1,0 +1,207 @@
+"""Real cores that die, hang, stop and are replaced, and streams that go on exactly."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from footplate.frontend import AsyncLLMEngine, EngineArgs, Restart, SamplingParams
+from footplate.protocol.errors import EngineDeadError, EngineError, EngineStartError
+
+from .conftest import PATIENCE_S, Program, is_gone
+from .test_launch import launch, wait_until_ready
+
+LENGTH = 3_000
+PATIENT = EngineArgs(model="fake", max_restarts=100)
+
+
+def params(index: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=LENGTH,
+        temperature=float(index % 2),
+        seed=index,
+        n=1 + index % 3,
+        detokenize=False,
+    )
+
+
+async def tokens_of(engine: AsyncLLMEngine, index: int) -> dict[int, list[int]]:
+    """All completions of one request."""
+    tokens: dict[int, list[int]] = {}
+    async for output in engine.generate([20 + index] * 20, params(index)):
+        for completion in output.outputs:
+            tokens[completion.index] = list(completion.token_ids)
+    return tokens
+
+
+@asynccontextmanager
+async def under_load(engine: AsyncLLMEngine) -> AsyncIterator[None]:
+    """Twelve requests, 24 completions, run once undisturbed and once around what is done in the
+    body; afterwards they must be equal."""
+    expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(12)))
+    tasks = [asyncio.create_task(tokens_of(engine, index)) for index in range(12)]
+    begun = await engine.add_request(None, [7], SamplingParams(max_tokens=1, detokenize=False))
+    async for _ in begun:
+        pass
+    yield
+    async with asyncio.timeout(6 * PATIENCE_S):
+        assert await asyncio.gather(*tasks) == expected
+    stats = await engine.get_stats()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+
+
+async def core_after(engine: AsyncLLMEngine, process_id: int) -> int:
+    """The pid of the core that took this one's place."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not engine.is_running or engine.process_id == process_id:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert engine.process_id is not None
+    return engine.process_id
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+async def test_a_core_may_be_killed_again_and_again(number: signal.Signals) -> None:
+    restarts: list[Restart] = []
+    engine = AsyncLLMEngine.from_engine_args(PATIENT, on_restart=restarts.append)
+    async with engine, under_load(engine):
+        for _ in range(3):
+            core = engine.process_id
+            assert core is not None
+            os.kill(core, number)
+            await core_after(engine, core)
+            assert is_gone(core)
+    assert engine.engine_restarts == len(restarts) == 3
+    assert all(restart.num_replayed for restart in restarts)
+    assert number is signal.SIGTERM or all(number.name in restart.cause for restart in restarts)
+
+
+async def test_a_core_that_is_stopped_goes_on_when_it_is_continued() -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine, under_load(engine):
+        assert engine.process_id is not None
+        os.kill(engine.process_id, signal.SIGSTOP)
+        health = await engine.health()
+        assert (health.state, health.is_alive, health.is_ready) == ("serving", False, False)
+        with pytest.raises(EngineError, match="does not answer"):
+            await engine.check_health()
+        os.kill(engine.process_id, signal.SIGCONT)
+        assert (await engine.health()).is_ready
+        await engine.check_health()
+    assert engine.engine_restarts == 0
+
+
+async def test_a_core_that_stays_stopped_is_ended_and_replaced(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    args = EngineArgs(model="fake", stall_timeout_s=0.6, hang_timeout_s=1.2)
+    restarts: list[Restart] = []
+    engine = AsyncLLMEngine.from_engine_args(args, on_restart=restarts.append)
+    async with engine, under_load(engine):
+        core = engine.process_id
+        assert core is not None
+        os.kill(core, signal.SIGSTOP)
+        await core_after(engine, core)
+    assert [restart.cause for restart in restarts] == [
+        "the engine core was ended because it had not got any further for 1.2 s"
+    ]
+
+
+async def test_an_idle_engine_whose_core_dies_serves_the_next_request() -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine:
+        core = engine.process_id
+        assert core is not None
+        os.kill(core, signal.SIGKILL)
+        assert await tokens_of(engine, 0)
+        assert engine.engine_restarts == 1
+
+
+async def test_more_deaths_than_the_budget_allows_end_the_engine_with_their_cause() -> None:
+    async with AsyncLLMEngine.from_engine_args(EngineArgs(model="fake", max_restarts=2)) as engine:
+        stream = await engine.add_request(
+            None, [20], SamplingParams(max_tokens=30_000, detokenize=False)
+        )
+        core = engine.process_id
+        assert core is not None
+        for _ in range(2):
+            os.kill(core, signal.SIGKILL)
+            core = await core_after(engine, core)
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match=r"SIGKILL.* replaced 2 times within 60 s"):
+            async for _ in stream:
+                pass
+        assert engine.errored
+
+
+async def test_clients_of_a_launched_engine_go_on_when_its_core_is_killed(
+    run: Callable[..., Program], folder: object
+) -> None:
+    address = f"ipc://{folder}/engine.sock"
+    program = launch(run, address)
+    core = wait_until_ready(program)
+    async with (
+        AsyncLLMEngine.connect(address) as one,
+        AsyncLLMEngine.connect(address) as other,
+        under_load(one),
+        under_load(other),
+    ):
+        os.kill(core, signal.SIGKILL)
+        await core_after(one, core)
+        assert "SIGKILL" in await asyncio.to_thread(program.line_with, "core replaced in")
+        assert await core_after(other, core) == one.process_id
+
+
+# ---- replacing it on purpose
+
+
+async def test_a_core_can_be_replaced_under_load() -> None:
+    args = EngineArgs(model="fake", weights_version="one")
+    async with AsyncLLMEngine.from_engine_args(args) as engine:
+        before = engine.process_id
+        stream = await engine.add_request(
+            None, [20], SamplingParams(max_tokens=30_000, detokenize=False)
+        )
+        assert (await anext(stream)).outputs[0].weights_versions == ((0, "one"),)
+        await engine.replace_core(EngineArgs(model="fake", weights_version="two", max_num_seqs=7))
+        assert engine.process_id != before and before is not None and is_gone(before)
+        assert (await engine.get_scheduler_config()).max_num_seqs == 7
+        [at_first, (position, version)] = (await anext(stream)).outputs[0].weights_versions
+        assert at_first == (0, "one") and position > 0 and version == "two"
+        stream.close()
+        async for output in engine.generate([1], SamplingParams(max_tokens=1, detokenize=False)):
+            assert output.outputs[0].weights_versions == ((0, "two"),)
+        assert engine.engine_restarts == 0
+        # Its successor is looked after like the first.
+        second = engine.process_id
+        assert second is not None
+        os.kill(second, signal.SIGKILL)
+        await core_after(engine, second)
+        assert (await engine.get_scheduler_config()).max_num_seqs == 7
+
+
+async def test_streams_are_the_same_when_the_weights_are() -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine, under_load(engine):
+        await engine.replace_core(PATIENT)
+
+
+async def test_a_successor_that_cannot_start_or_is_another_model_changes_nothing() -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine, under_load(engine):
+        before = engine.process_id
+        with pytest.raises(EngineStartError, match="does not fit"):
+            await engine.replace_core(
+                EngineArgs(model="fake", max_model_len=99, num_gpu_blocks_override=1)
+            )
+        with pytest.raises(EngineError, match="architecture was 'Fake'"):
+            await engine.replace_core(EngineArgs(model="demo"))
+        assert engine.process_id == before
+
+
+async def test_somebody_elses_core_is_not_replaced(
+    run: Callable[..., Program], folder: object
+) -> None:
+    address = f"ipc://{folder}/engine.sock"
+    wait_until_ready(launch(run, address))
+    async with AsyncLLMEngine.connect(address) as engine:
+        with pytest.raises(EngineError, match="a core of its own"):
+            await engine.replace_core(PATIENT)

@@ -1,0 +1,203 @@
+"""The world can fail: each of these one-line mistakes, in what survives a core's death and in what
+it relies on, is noticed within some hundreds of seeds, and most within a few."""
+
+import pytest
+
+from footplate.backend import engine_core as engine_core_module
+from footplate.backend.admission import Admission
+from footplate.backend.block_pool import BlockPool
+from footplate.backend.scheduler import Scheduler
+from footplate.frontend import engine_client as engine_client_module
+from footplate.frontend import replay as replay_module
+from footplate.frontend.completion import Completion
+from footplate.frontend.engine_client import EngineClient
+from footplate.frontend.logprobs import ScoredTokens
+from footplate.frontend.quarantine import Quarantine
+from footplate.frontend.recovery import Recovery
+from footplate.frontend.restart_budget import RestartBudget
+from footplate.frontend.stream import RequestStream
+from footplate.frontend.watchdog import Watchdog
+
+from .mutation import Mutant
+from .recovering_session import RecoveringSession
+from .world import World
+
+NUM_WORLDS = 500
+
+MUTANTS = {
+    # ---- how a stream goes on
+    "the clock starts again": Mutant(
+        engine_client_module, "continuation", "max(0.0, now - stream.metrics.arrival)", "0.0"
+    ),
+    "who has ended is sent again": Mutant(
+        engine_client_module, "continuation", "if not completion.is_finished", "if True"
+    ),
+    "siblings that have begun are sent as they were": Mutant(
+        engine_client_module,
+        "continuation",
+        "not any(_has_begun(c, sent) for c in live)",
+        "True",
+    ),
+    "siblings go on with one seed": Mutant(
+        replay_module, "_go_on", "sent.params.seed + completion.index", "sent.params.seed"
+    ),
+    "the output so far is forgotten": Mutant(
+        replay_module, "_go_on", "prior_token_ids=output", "prior_token_ids=[]"
+    ),
+    "a lost end is not asked for": Mutant(replay_module, "_go_on", "output.pop()", "pass"),
+    "max_tokens is no end": Mutant(
+        replay_module, "_may_have_ended", "num_tokens >= params.max_tokens", "False"
+    ),
+    "a stop token is no end": Mutant(
+        replay_module, "_may_have_ended", "output[-1] in params.stop_token_ids", "False"
+    ),
+    "repetition is no end": Mutant(
+        replay_module, "_may_have_ended", "_is_repetitive(output, params.repetition)", "False"
+    ),
+    "what goes on has its limits in the queue": Mutant(
+        Admission, "check", "if not message.is_replay", "if True"
+    ),
+    "who goes on says nothing of it": Mutant(
+        replay_module, "_go_on", "is_replay=True", "is_replay=False"
+    ),
+    # ---- the engine client
+    "what has come before is taken again": Mutant(
+        EngineClient, "handle", "position != completion.num_tokens", "False"
+    ),
+    "what has come before is a gap": Mutant(
+        EngineClient, "_on_wrong_position", "position >= completion.num_tokens", "True"
+    ),
+    "of a run that was known all is taken": Mutant(
+        EngineClient, "_handle_runs", "num_known < count", "True"
+    ),
+    "who starts twice waits twice": Mutant(
+        EngineClient, "_start", "if completion.is_waiting:", "if True:"
+    ),
+    "who leaves still waits": Mutant(
+        EngineClient,
+        "_forget_completion",
+        "self.waiting.leave(1, stream.num_queued_tokens)",
+        "pass",
+    ),
+    "a finished stream is still live": Mutant(
+        EngineClient, "_finish", "elif stream.is_finished:", "elif False:"
+    ),
+    "siblings of a failure go on": Mutant(
+        EngineClient, "_finish", "over += self._forget(stream)", "self._forget(stream)"
+    ),
+    "a stop string is kept from the core": Mutant(
+        EngineClient, "_close", "over.append(completion.handle)", "pass"
+    ),
+    "an abort is kept from the core": Mutant(
+        EngineClient, "abort", "handles += self._forget(stream)", "self._forget(stream)"
+    ),
+    "scores are taken twice": Mutant(
+        ScoredTokens, "add", "range(num_known, len(rows.ranks))", "range(len(rows.ranks))"
+    ),
+    "tokens behind a stop string are kept": Mutant(
+        Completion, "push", "del self._token_ids[text.num_tokens :]", "pass"
+    ),
+    "a second end counts": Mutant(Completion, "end", "self._finish_reason is None", "True"),
+    "deltas overlap": Mutant(
+        Completion,
+        "take",
+        "self._num_taken, self._token_ids[self._num_taken :]",
+        "0, self._token_ids",
+    ),
+    "an error comes before the last output": Mutant(
+        RequestStream, "_due", "completion.has_news", "False"
+    ),
+    # ---- who is to blame
+    "nobody is run alone": Mutant(
+        Quarantine, "judge", "has_crashed or num_fatal_steps > 1", "False"
+    ),
+    "nobody is to blame": Mutant(
+        Quarantine, "judge", "if record.ran_alone and is_proof", "if False"
+    ),
+    "who had others beside it is to blame": Mutant(
+        Quarantine, "judge", "is_proof = was_alone and ", "is_proof = "
+    ),
+    "a new token is no new beginning": Mutant(
+        Quarantine, "judge", "record is None or record.num_tokens != count", "record is None"
+    ),
+    "one blow from outside is proof": Mutant(
+        Quarantine, "judge", "record.num_fatal_steps > 1)", "True)"
+    ),
+    "suspects are free when their connection is cut": Mutant(
+        Quarantine, "runs_alone", "record.ran_alone", "False"
+    ),
+    # ---- what a session does
+    "one death is judged twice": Mutant(
+        Recovery, "welcome", "welcome.epoch != self._epoch", "True"
+    ),
+    "outputs of another time are taken": Mutant(
+        Recovery, "accepts", "outputs.epoch == self._epoch", "True"
+    ),
+    "suspects who are gone are judged": Mutant(
+        Recovery, "_judge", "if client.is_live(handle)]", "if True]"
+    ),
+    "culprits are run again": Mutant(Recovery, "_judge", "client.fail(", "(lambda *_: None)("),
+    "nobody tells the core to run one alone": Mutant(
+        Recovery, "welcome", "if self._runs_alone(message)", "if False"
+    ),
+    "a new connection is taken for one that serves": Mutant(
+        RecoveringSession, "_open", "self.is_serving = False", "pass"
+    ),
+    # ---- the watchdog and the budget
+    "a suspended machine is a silent core": Mutant(
+        Watchdog, "tick", "min(now - self._last_tick, 2 * patience.beat_s)", "now - self._last_tick"
+    ),
+    "an answer does not end the silence": Mutant(Watchdog, "hear", "self._silent_s = 0.0", "pass"),
+    "a core that makes steps is stalled": Mutant(
+        Watchdog, "hear", "pong.num_steps != self._num_steps or", ""
+    ),
+    "a stopped core that was idle is well": Mutant(
+        Watchdog, "tick", "self._is_busy or self.is_silent", "self._is_busy"
+    ),
+    "a hang is a stall": Mutant(Watchdog, "tick", "> patience.hung_s", "> 1000.0"),
+    "a stall is a hang": Mutant(Watchdog, "tick", "> patience.hung_s", "> patience.stalled_s"),
+    "one restart more than allowed": Mutant(
+        RestartBudget, "spend", ">= self._max_restarts", "> self._max_restarts"
+    ),
+    "restarts are not counted": Mutant(
+        RestartBudget, "spend", "self._restarts.append(now)", "pass"
+    ),
+    "restarts are never forgotten": Mutant(
+        RestartBudget, "spend", "now - self._restarts[0] > self._window_s", "False"
+    ),
+    # ---- what all of it relies on, in the core
+    "a deadline counts from now": Mutant(
+        engine_core_module, "make_requests", " - message.age_s", ""
+    ),
+    "the prior output does not count": Mutant(
+        Scheduler,
+        "hold",
+        "request.num_prompt_tokens + request.params.max_tokens",
+        "num_tokens + request.params.max_tokens",
+    ),
+    "preemption forgets to start again": Mutant(
+        Scheduler, "_take_blocks_from", "request.num_computed_tokens = 0", "pass"
+    ),
+    "a finished request keeps its blocks": Mutant(
+        Scheduler, "_end", "self._take_blocks_from(request)", "pass"
+    ),
+    "sharing does not count": Mutant(BlockPool, "share", "self._num_holders[block] += 1", "pass"),
+    "a block handed out keeps its name": Mutant(
+        BlockPool, "_take_oldest", "self._content.pop(block, None)", "None"
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mistake_is_noticed(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    MUTANTS[mutant].install(monkeypatch)
+    assert is_noticed()
+
+
+def is_noticed() -> bool:
+    for seed in range(NUM_WORLDS):
+        try:
+            World(seed).run()
+        except Exception:  # a check fails, or the code where the mistake leads it
+            return True
+    return False
