@@ -27,6 +27,7 @@ from footplate.protocol.links import make_private_dir, new_client_id, output_end
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
     ControlReply,
+    Drain,
     GetStats,
     Goodbye,
     Hello,
@@ -190,8 +191,10 @@ class BadFrames:
             except BadFrameError:
                 self.num_bad += 1
                 return frame
-            if isinstance(message, Hello | Goodbye):
-                continue  # whoever has left is a stranger: what follows would not be counted here
+            if isinstance(message, Hello | Goodbye | Drain):
+                # Whoever has left is a stranger: what follows would not be counted here. And a
+                # core does drain when it is told to.
+                continue
             self.num_bad += not joined
             return frame
 

@@ -35,7 +35,7 @@ from footplate.protocol.messages import (
 from hostile_frames import EPOCH, FROM_CLIENT, FROM_CORE, FrameMutator
 
 NUM_BLOCKS = 512
-CLIENT = b"client"
+CLIENT, SESSION = b"client", b"session"
 PROMPT = [20, 21, 22]
 M = TypeVar("M", bound=Message)
 
@@ -103,6 +103,10 @@ class CoreTarget(Target[ClientMessage]):
         super().__init__(FrameMutator(FROM_CLIENT, dice), client_message_decoder())
         self._dice = dice
         self._now = 0.0
+        self._decode_back = core_message_decoder().decode
+        self._make_core()
+
+    def _make_core(self) -> None:
         cache = CacheConfig(num_gpu_blocks_override=NUM_BLOCKS)
         self.core = EngineCore(
             FakeModelRunner(ModelConfig(model="fake"), cache, DEMO_MODEL),
@@ -111,8 +115,7 @@ class CoreTarget(Target[ClientMessage]):
             EPOCH,
             clock=lambda: self._now,
         )
-        self.core.join(CLIENT)
-        self._decode_back = core_message_decoder().decode
+        self.core.join(CLIENT, SESSION)
 
     def on_bad(self, frame: bytes) -> None:
         if (handle := handle_of(frame)) is not None:
@@ -134,18 +137,19 @@ class CoreTarget(Target[ClientMessage]):
             self.check()
 
     def _tell(self) -> None:
-        for _, outputs in self.core.take_outputs():
-            self._decode_back(self._encode(outputs))
+        for _, message in (*self.core.take_replies(), *self.core.take_outputs()):
+            self._decode_back(self._encode(message))
 
     def check(self) -> None:
-        self.core.check_ledger()
-        self.core.leave(CLIENT)
-        self.core.step()  # lets go of what the runner held
-        self.core.check_ledger()
-        stats = self.core.stats()
+        core = self.core
+        core.check_ledger()
+        core.leave(CLIENT)
+        core.step()  # lets go of what the runner held
+        core.check_ledger()
+        stats = core.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
         assert stats.num_free_blocks == NUM_BLOCKS
-        self.core.join(CLIENT)
+        self._make_core()  # this one may be draining
 
 
 class ClientTarget(Target[CoreMessage]):
