@@ -18,6 +18,7 @@ from typing import cast
 import msgspec
 import zmq
 
+from footplate.backend import fail_points
 from footplate.backend.background import Background
 from footplate.backend.cause import describe_cause
 from footplate.backend.discretion import without_places
@@ -73,6 +74,9 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
         AddressInUseError: another process holds the address.
         Exception: whatever made loading or the loop fail, after clients have been told.
     """
+    if fail_points.ENABLED:
+        logger.warning("%s is set: this core will fail on purpose", fail_points.VARIABLE)
+        fail_points.reach("start.begun")
     loaded = None
     if config.is_standby:
         config, loaded = _stand_by(config, parent, background)
@@ -92,6 +96,8 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
         outbox = Outbox(config.max_unread_bytes)
         core: EngineCore | None = None
         try:
+            if fail_points.ENABLED:
+                fail_points.reach("start.bound")
             core = _start(config, inbox, recorder, loaded)
             run_busy_loop(core, inbox, outbox, pulse, recorder)
         except Terminated:
@@ -184,6 +190,8 @@ def _start(
     phases = _PhaseTimer(inbox.announce)
     make_runner = loaded or _load(config, phases.enter)
     runner = make_runner(config.cache, config.scheduler, phases.enter)
+    if fail_points.ENABLED:
+        fail_points.reach("start.loaded")
     core = EngineCore(
         RecordedRunner(runner, recorder),
         config.cache,
@@ -229,7 +237,10 @@ def run_busy_loop(
     while True:
         if not core.has_work:
             recorder.clear()
-        for client, event in inbox.take(_patience(core, outbox)):
+        events = inbox.take(_patience(core, outbox))
+        # All but waiting counts: a loop may hang in a message or in a socket as well.
+        pulse.begin()
+        for client, event in events:
             match event:
                 case Joined(push=push, session=session, peer=peer):
                     outbox.join(client, push, peer.is_insider)
@@ -254,15 +265,19 @@ def run_busy_loop(
                         recorder.renew()  # it may become another client's
                     if answer := core.handle(client, event):
                         voice.tell(client, answer)
-        pulse.begin()
         core.step()
-        pulse.end()
         for client, reply in core.take_replies():
             voice.tell(client, reply)
-        for client, outputs in core.take_outputs():
+        to_send = core.take_outputs()
+        if fail_points.ENABLED and to_send:
+            fail_points.reach("core.outputs")
+        for client, outputs in to_send:
             voice.tell(client, outputs)
+        if fail_points.ENABLED and to_send:
+            fail_points.reach("core.sent")
         if outbox.has_backlog:
             outbox.flush()
+        pulse.end()
 
 
 class _Voice:
@@ -326,6 +341,8 @@ class _PhaseTimer:
         if phase != self._phase:
             self._close()
             self._phase = phase
+            if fail_points.ENABLED:
+                fail_points.reach(f"start.{phase.replace(' ', '_')}")
         self._announce(Progress(phase, fraction))
 
     def finish(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ tests drive it with plain calls, `core_process` drives it with ZeroMQ.
 import logging
 from collections.abc import Callable, Iterable
 
+from footplate.backend import fail_points
 from footplate.backend.admission import (
     MAX_HANDLE,
     Admission,
@@ -428,7 +429,10 @@ class EngineCore:
             self._take_compiled()
         now = self._clock()
         self._end_overdue(now)
-        plan, result = self._guard.execute(self._scheduler.schedule(now))
+        plan = self._scheduler.schedule(now)
+        if fail_points.ENABLED and plan.requests:
+            fail_points.reach("core.step", plan.requests)
+        plan, result = self._guard.execute(plan)
         if not plan.requests:
             return
         self._num_steps += 1

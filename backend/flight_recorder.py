@@ -15,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from zlib import crc32
 
+from footplate.backend import fail_points
 from footplate.backend.request import Request
 from footplate.backend.step import ModelRunner, StepPlan, StepResult
 
@@ -141,6 +142,8 @@ class RecordedRunner:
         """See `ModelRunner`."""
         if plan.requests:
             self._recorder.note(plan.requests)
+            if fail_points.ENABLED:
+                fail_points.reach("runner.execute", plan.requests)
         return self._runner.execute(plan)
 
 

@@ -18,6 +18,7 @@ import msgspec
 import zmq
 from msgspec.structs import replace
 
+from footplate.backend import fail_points
 from footplate.backend.discretion import without_places
 from footplate.backend.engine_core import ClientId
 from footplate.backend.flight_recorder import Suspects, suspects_of
@@ -265,6 +266,8 @@ class Inbox:
                     "a message of a key that is not this client's, or was revoked"
                 )
                 continue
+            if fail_points.ENABLED:
+                fail_points.reach("inbox.receive")
             if len(frames) > MAX_FRAMES:
                 self._count_bad_message(f"{len(frames)} frames, the limit is {MAX_FRAMES}")
                 continue

@@ -103,11 +103,18 @@ class Completion:
         """Take tokens that follow those received so far; True if a stop string ended it.
 
         Tokens behind the one that completed a stop string are dropped.
+
+        Raises:
+            ValueError: their logprobs have not come.
+            Exception: whatever a tokenizer raises.
         """
         metrics = self.stream.metrics
         if metrics.first_token is None:
             metrics.first_token = now
         metrics.last_token = now
+        scored = self.scored
+        if scored is not None and scored.end < len(self._token_ids) + len(token_ids):
+            raise ValueError(f"token {scored.end} came without its logprobs")
         self._token_ids += token_ids
         text = self.text
         if text is not None and text.looks_for_stops and text.reach_stop(self._token_ids):
@@ -132,8 +139,15 @@ class Completion:
             self.stream.notices.park(self.handle)
 
     def push_logprobs(self, rows: LogprobRows) -> bool:
-        """Take what belongs to tokens that are about to be pushed; False if some are missing."""
-        return self.scored is None or self.scored.add(rows)
+        """Take what belongs to tokens that are about to be pushed; False if some are missing.
+
+        Raises:
+            ValueError: the columns do not fit together.
+        """
+        if self.scored is None:
+            return True
+        next_position = max(len(self._token_ids), self.scored.end)
+        return rows.position <= next_position and self.scored.add(rows)
 
     def finish(self, finished: Finished) -> None:
         """The core's last word on this handle."""

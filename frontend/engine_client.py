@@ -144,7 +144,9 @@ class EngineClient:
             if (completion := by_handle.get(rows.handle)) is not None:
                 stream = completion.stream
                 if not stream.push_prompt_logprobs(rows):
-                    self._on_gap(completion, len(stream.prompt_scored or ()), rows.position, over)
+                    scored = stream.prompt_scored
+                    assert scored is not None, "whoever wants none misses none"
+                    self._on_gap(completion, scored.end, rows.position, over)
         for rows in outputs.logprobs:
             self._push_logprobs(rows, over)
         if not outputs.counts:
@@ -160,7 +162,7 @@ class EngineClient:
                         if completion.push((token_id,), now):
                             self._close(completion, over)
                     except Exception as error:
-                        self._on_no_text(completion, error, over)
+                        self._on_unusable(completion, error, over)
         else:
             self._handle_runs(outputs, now, over)
         for finished in outputs.finished:
@@ -185,18 +187,18 @@ class EngineClient:
                     if completion.push(run[num_known:], now):
                         self._close(completion, over)
                 except Exception as error:
-                    self._on_no_text(completion, error, over)
+                    self._on_unusable(completion, error, over)
 
     def _push_logprobs(self, rows: LogprobRows, over: list[int]) -> None:
         completion = self._by_handle.get(rows.handle)
         if completion is not None and not completion.push_logprobs(rows):
-            self._on_gap(completion, len(completion.scored or ()), rows.position, over)
+            self._on_gap(completion, completion.num_tokens, rows.position, over)
 
-    def _on_no_text(self, completion: Completion, error: Exception, over: list[int]) -> None:
+    def _on_unusable(self, completion: Completion, error: Exception, over: list[int]) -> None:
         # Whatever a tokenizer raises for one request must not cost the others their tokens.
         request_id = completion.stream.request_id
-        logger.error("request %s: its text cannot be made", request_id, exc_info=error)
-        why = RequestFailedError(f"request {request_id!r}: no text for it: {error!r}")
+        logger.error("request %s: its output cannot be used", request_id, exc_info=error)
+        why = RequestFailedError(f"request {request_id!r}: its output is of no use: {error!r}")
         self._fail(completion, why, over)
 
     def _on_wrong_position(self, completion: Completion, position: int, over: list[int]) -> None:

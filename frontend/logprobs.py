@@ -119,18 +119,24 @@ class ScoredTokens:
         self._entries: list[LogprobsOnePosition] = []  # of the first rows, as far as they are kept
         self.cumulative: list[float] = []  # logprob of the tokens up to each row
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    @property
+    def end(self) -> int:
+        """The position behind the last row."""
+        return self._first_position + len(self._rows)
 
     def add(self, rows: LogprobRows) -> bool:
-        """Take rows, less those that have come before; False if some are missing in between."""
+        """Take rows, less those that have come before; False if some are missing in between.
+
+        Raises:
+            ValueError: the columns do not fit together.
+        """
         if not self._rows:
             self._first_position = rows.position
         num_known = len(self._rows) - (rows.position - self._first_position)
         if num_known < 0:
             return False
         ids, logprobs = _unpack("i", rows.token_ids), _unpack("f", rows.logprobs)
-        if len(ids) != len(logprobs) or len(ids) % len(rows.ranks):
+        if len(ids) != len(logprobs) or not ids or not rows.ranks or len(ids) % len(rows.ranks):
             raise ValueError(f"{len(ids)} token ids, {len(logprobs)} logprobs: not whole rows")
         width = len(ids) // len(rows.ranks)
         for number in range(num_known, len(rows.ranks)):

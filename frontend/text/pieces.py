@@ -98,6 +98,12 @@ def take_apart(backend: tokenizers.Tokenizer) -> TokenBytes | None:
     )
 
 
+def token_of(backend: tokenizers.Tokenizer, token_id: int) -> str | None:
+    """The vocabulary's spelling of a token, or None: also for a number that is no id to any
+    vocabulary, which the library would refuse with an error."""
+    return backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+
+
 class PieceTable(dict[int, bytes]):
     """Token id to bytes inside a text, filled in as tokens are met, shared by all streams.
 
@@ -113,7 +119,7 @@ class PieceTable(dict[int, bytes]):
         self.token_bytes = token_bytes
 
     def __missing__(self, token_id: int) -> bytes:
-        token = self._backend.id_to_token(token_id)
+        token = token_of(self._backend, token_id)
         if token is None:
             # Not stored: such ids come from callers, and there are more of them than memory.
             return b""
@@ -123,7 +129,7 @@ class PieceTable(dict[int, bytes]):
 
     def first(self, token_id: int) -> bytes | None:
         """The bytes of a token that starts a text, or None if it is not shown at all."""
-        token = self._backend.id_to_token(token_id)
+        token = token_of(self._backend, token_id)
         if token is None or token_id in self._skipped:
             return None
         return self.token_bytes.first(token)

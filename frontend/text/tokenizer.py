@@ -22,7 +22,7 @@ from footplate.frontend.text.detokenizer import (
 )
 from footplate.frontend.text.encoder import Encoder
 from footplate.frontend.text.model_folder import TokenizerFacts, read_tokenizer_facts
-from footplate.frontend.text.pieces import PieceTable, take_apart
+from footplate.frontend.text.pieces import PieceTable, take_apart, token_of
 from footplate.protocol.errors import InvalidRequestError, TokenizerError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Tokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's spelling of a token (`Ġthe`, `▁the`), or None for an unused id."""
-        return self._backend.id_to_token(token_id)
+        return token_of(self._backend, token_id)
 
     def encode(
         self, text: str, add_special_tokens: bool = True, *, allow_special: bool = True
@@ -208,6 +208,7 @@ class Tokenizer:
         been streamed.
         """
         if self._pieces is None:
+            token_ids = [each for each in token_ids if self.id_to_token(each) is not None]
             return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         detokenizer = PieceDetokenizer(self._pieces[skip_special_tokens])
         return detokenizer.feed(token_ids) + detokenizer.finish()

@@ -289,12 +289,45 @@ async def test_missing_logprobs_end_the_request() -> None:
         await anext(a)
 
 
-@pytest.mark.parametrize("ids, logprobs", [(bytes(8), bytes(4)), (bytes(4), bytes(4))])
-async def test_rows_that_are_no_rows_are_an_error(ids: bytes, logprobs: bytes) -> None:
+async def test_tokens_without_their_logprobs_end_the_request_and_no_other() -> None:
+    client = EngineClient()
+    a, b = open_stream(client, "a", logprobs=0), open_stream(client, "b", logprobs=0)
+    rows = [LogprobRows(handle, 0, [1], bytes(4), bytes(4)) for handle in (1, 2)]
+    client.handle(outputs((1, 0, [5]), (2, 0, [5]), logprobs=rows), 1.0)
+    row = msgspec.structs.replace(rows[1], position=1)
+    assert client.handle(outputs((1, 1, [6]), (2, 1, [6]), logprobs=[row]), 1.0) == [1]
+    assert (await anext(a)).outputs[0].token_ids == [5]
+    with pytest.raises(RequestFailedError, match="token 1 came without its logprobs"):
+        await anext(a)
+    assert (await anext(b)).outputs[0].token_ids == [5, 6]
+
+
+async def test_logprobs_that_begin_behind_the_next_token_end_the_request() -> None:
+    client = EngineClient()
+    a = open_stream(client, "a", logprobs=0)
+    row = LogprobRows(1, 5, [1], bytes(4), bytes(4))
+    assert client.handle(outputs((1, 0, [5]), logprobs=[row]), 1.0) == [1]
+    with pytest.raises(RequestFailedError, match="token 0 is missing, 5 came"):
+        await anext(a)
+
+
+@pytest.mark.parametrize(
+    "ranks, ids, logprobs",
+    [
+        ([1, 1], bytes(8), bytes(4)),
+        ([1, 1], bytes(4), bytes(4)),
+        ([1], b"", b""),
+        ([], bytes(4), bytes(4)),
+        ([], b"", b""),
+    ],
+)
+async def test_rows_that_are_no_rows_are_an_error(
+    ranks: list[int], ids: bytes, logprobs: bytes
+) -> None:
     client = EngineClient()
     open_stream(client, "a", logprobs=0)
     with pytest.raises(ValueError, match="whole rows"):
-        client.handle(outputs(logprobs=[LogprobRows(1, 0, [1, 1], ids, logprobs)]), 1.0)
+        client.handle(outputs(logprobs=[LogprobRows(1, 0, ranks, ids, logprobs)]), 1.0)
 
 
 # ---- who waits

@@ -239,6 +239,19 @@ class TestWindowDetokenizer:
         assert tokenizer.decode(ids[:1]) + text == "the crew works the engine"
 
 
+@pytest.mark.parametrize("no_id", [-1, 2**32, 2**64])
+def test_a_number_that_no_vocabulary_can_hold_has_no_text(
+    folders: dict[str, Path], no_id: int
+) -> None:
+    for kind in folders:
+        tokenizer = load(folders, kind)
+        ids = tokenizer.encode("the crew")
+        detokenizer = tokenizer.detokenizer()
+        pieces = [[no_id], ids, [no_id, no_id]]
+        assert text_of(detokenizer, pieces) == tokenizer.decode([no_id, *ids]) == "the crew"
+        assert tokenizer.id_to_token(no_id) is None
+
+
 def is_shown(token_id: int) -> bool:
     return token_id > 4  # all but the special ones
 
