@@ -9,7 +9,7 @@ Without options they are always the same: a failure is no accident of the day.
 import pytest
 
 # By the name of the argument that takes them.
-DEFAULT_COUNTS = {"seeds": 1000, "world_seeds": 1500}
+DEFAULT_COUNTS = {"seeds": 800, "world_seeds": 1500}
 CHUNK = 100  # seeds per test
 
 

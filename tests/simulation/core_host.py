@@ -285,10 +285,10 @@ class CoreHost:
     def _in_parts(self, outputs: StepOutputs) -> list[StepOutputs]:
         """A message may be closed behind any entry when it is full, and a token may be a run."""
         chance = self._random.random()
-        if chance < 0.15 and outputs.finished:
+        if chance < 0.5 and outputs.finished:
             rest = StepOutputs(outputs.epoch, [], [], [], finished=outputs.finished)
             return [replace(outputs, finished=[]), rest]
-        if chance < 0.3:
+        if chance > 0.8:
             return [replace(outputs, counts=[1] * len(outputs.handles))]
         return [outputs]
 

@@ -266,7 +266,11 @@ class ExpectedRequest:
             assert self.was_aborted or "abort" not in reasons, "aborted by nobody"
             if self.is_poison:
                 assert self.was_aborted or reasons == {"deadline"}, "no core can have served it"
-        elif not isinstance(error, EngineDeadError) and BLAME not in str(error):
+            return
+        if not self.stream.is_final_only:
+            for completion, own in zip(self.completions, self.stream.completions, strict=True):
+                assert completion.read_ids == own.copy_token_ids(), "an error came before a token"
+        if not isinstance(error, EngineDeadError) and BLAME not in str(error):
             self._check_error(error)
 
     def _check_error(self, error: FootplateError) -> None:

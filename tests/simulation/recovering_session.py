@@ -97,10 +97,11 @@ class RecoveringSession:
         return {c.handle: c for c in completions if not c.is_finished}
 
     def hear_outputs(self, frame: bytes) -> None:
-        """Take one frame of the PUSH."""
+        """Take one frame of the PUSH. Between two connections there are none to take: of what the
+        last one brought, some is lost."""
         message = decode_of_core(frame)
         assert isinstance(message, StepOutputs)
-        if not self.recovery.accepts(message):
+        if not self.is_serving or not self.recovery.accepts(message):
             return
         if over := self.client.handle(message, self._clock()):
             self.link.say(AbortRequests(over), self._clock())

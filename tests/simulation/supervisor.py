@@ -159,6 +159,8 @@ class Progress:
         self._known_s = stuck_s - self._least_slept_s if stuck_s else 0.0
         if verdict is Verdict.HUNG:
             assert known_s >= PATIENCE.hung_s - SLACK_S, "killed too early"
+        elif verdict is Verdict.SILENT:
+            assert known_s > 0.0, "a false alarm"
         elif verdict is Verdict.STALLED:
             assert known_s >= PATIENCE.stalled_s - SLACK_S, "a false alarm"
         if self._since is not None and verdict is not Verdict.HUNG:

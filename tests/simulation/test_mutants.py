@@ -1,8 +1,6 @@
 """The simulation can fail: each of these one-line mistakes is noticed within a thousand schedules,
 and most within a few."""
 
-import inspect
-import textwrap
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from footplate.backend.scheduler import Scheduler
 from footplate.backend.siblings import Siblings
 from footplate.backend.waiting_queue import WaitingQueue
 
+from .mutation import Mutant
 from .simulation import Simulation
 
 NUM_SCHEDULES = 1000
@@ -269,13 +268,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mistake_is_noticed(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, old, new = MUTANTS[mutant]
-    function = getattr(owner, name)
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, "the code has changed: change the mutant with it"
-    namespace: dict[str, Any] = {}
-    exec(source.replace(old, new), function.__globals__, namespace)
-    monkeypatch.setattr(owner, name, namespace[name])
+    Mutant(*MUTANTS[mutant]).install(monkeypatch)
     assert is_noticed()
 
 

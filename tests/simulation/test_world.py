@@ -20,12 +20,12 @@ def test_a_seed_replays_its_world() -> None:
 
 def test_the_worlds_go_where_it_hurts() -> None:
     seen: Counter[str] = Counter()
-    for seed in range(200):
+    for seed in range(150):
         seen += run_world(seed)
     assert min(seen[fault] for fault in FAULTS) > 100
-    assert min(seen[event] for event in ("kill", "crash", "hung", "stalled", "lost")) > 50
+    assert min(seen[death] for death in ("kill", "crash", "hung")) > 50
+    assert min(seen[event] for event in ("stalled", "lost", "preemption", "failed start")) > 20
     assert seen["replay"] > 1000
-    assert seen["preemption"] > 100
-    assert min(seen[reason] for reason in ("stop", "length", "abort", "deadline")) > 50
-    assert min(seen[reason] for reason in ("repetition", "error", "stop string")) > 10
-    assert min(seen[event] for event in ("blame", "overflow", "grammar", "spent")) > 3
+    assert min(seen[end] for end in ("stop", "length", "abort", "deadline", "error")) > 50
+    assert min(seen[event] for event in ("stop string", "repetition", "grammar", "blame")) > 10
+    assert min(seen[event] for event in ("overflow", "spent")) > 5

@@ -45,22 +45,29 @@ TICK_S = 0.04  # at most, from event to event
 class World:
     """Owns the clock, the connections, and who is there.
 
+    Args:
+        is_poisonous: many requests that no core survives, and the faults that make it hard to say
+            which they are; some worlds are like that anyway.
+
     Attributes:
         happened: what, and how often.
         events: the last of them, for whoever looks for the cause of a failure.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, is_poisonous: bool = False) -> None:
         self._random = random = Random(seed)
         self.now = 100.0
         self.happened: Counter[str] = Counter()
         self.events: deque[str] = deque(maxlen=30)
         self.num_events = 0
         self._setting = self._make_setting()
-        self._nemesis_rate = random.choice((0.0, 0.02, 0.05, 0.1))
+        self._nemesis_rate = random.choice((0.02, 0.05, 0.1))
         self._faults = random.sample(list(FAULTS), random.randint(1, len(FAULTS)))
-        self._poison_rate = random.choice((0.0, 0.0, 0.0, 0.1, 0.3))
-        max_restarts = 2 if random.random() < 0.05 else 1000
+        self._poison_rate = random.choice((0.0, 0.0, 0.1, 0.4))
+        if is_poisonous or random.random() < 0.1:
+            self._faults = ["nemesis: kill", "nemesis: cut"]
+            self._poison_rate = 0.15
+        max_restarts = 2 if random.random() < 0.1 else 1000
         self.supervisor = Supervisor(self._setting, self._clock, random, max_restarts)
         self._links: list[Link] = []
         self._gone: list[Link] = []  # closed, and the core does not know yet
@@ -86,9 +93,9 @@ class World:
             model="checking",
             tokenizer="",
             architecture="",
-            vocab_size=random.choice((5, len(PIECES))),
+            vocab_size=random.choice((3, 5, len(PIECES))),
             max_model_len=max_model_len,
-            eos_token_ids=(random.randrange(5),) if random.random() < 0.3 else (),
+            eos_token_ids=(random.randrange(3),) if random.random() < 0.3 else (),
             dtype="",
             device="",
             attention="",
@@ -104,7 +111,7 @@ class World:
                 policy=policy,
                 long_prefill_token_threshold=random.choice((0, 0, 3)),
             ),
-            RequestConfig(max_num_queued_reqs=5 if random.random() < 0.1 else None),
+            RequestConfig(max_num_queued_reqs=5 if random.random() < 0.2 else None),
             StreamMarks(random.choice((0, 0, 300, 2000))),
             can_run_alone=CORE_RUNS_ALONE,
         )
@@ -203,7 +210,7 @@ class World:
         random = self._random
         session = random.choice(self.sessions)
         requests = self._requests[session.name]
-        if random.random() < 0.85:
+        if random.random() < 0.75:
             if self._num_requests < MAX_REQUESTS:
                 self._submit(session)
         elif requests:
@@ -298,7 +305,7 @@ class World:
             chosen["stop"] = random.sample(STOPS, random.choice((1, 2)))
             chosen["include_stop_str_in_output"] = random.random() < 0.5
         if random.random() < 0.2:
-            chosen["stop_token_ids"] = [random.randrange(5)]
+            chosen["stop_token_ids"] = [random.randrange(3)]
         if random.random() < 0.2:
             chosen["min_tokens"] = min(max_tokens, random.choice((1, 3)))
         if random.random() < 0.2:
@@ -308,12 +315,12 @@ class World:
             chosen["prompt_logprob_start"] = random.choice((0, 0, 3))
         if random.random() < 0.15:
             chosen["frequency_penalty"] = 0.5
-        if random.random() < 0.1:
+        if random.random() < 0.25:
             least = random.randint(1, 2)
             chosen["repetition_detection"] = RepetitionDetectionParams(
                 max_pattern_size=3, min_pattern_size=least, min_count=2
             )
-        if random.random() < 0.1:
+        if random.random() < 0.2:
             chosen["stream_interval"] = 3
         return SamplingParams(**chosen)
 
@@ -386,20 +393,27 @@ class World:
 
     def _hear(self, session: RecoveringSession) -> bool:
         link, random = session.link, self._random
-        if link.answers and (not link.outputs or random.random() < 0.5):
+        if link.is_cut and random.random() < 0.3:
+            self._lose(session)  # and never reads what has come
+        elif link.answers and (not link.outputs or random.random() < 0.5):
             self._hear_answer(session)
         elif link.outputs:
             frame = link.outputs.popleft()
             if random.random() < 0.1:
                 self._stale.append((session, frame))
             session.hear_outputs(frame)
+            if random.random() < self._nemesis_rate:
+                session.hear_outputs(frame)
         elif link.is_cut:
-            self._note("lost", session.name)
-            self._close_link(session)
-            session.on_lost()
+            self._lose(session)
         else:
             return False
         return True
+
+    def _lose(self, session: RecoveringSession) -> None:
+        self._note("lost", session.name)
+        self._close_link(session)
+        session.on_lost()
 
     def _hear_answer(self, session: RecoveringSession) -> None:
         live = {handle: c.num_tokens for handle, c in session.live().items()}
@@ -407,6 +421,8 @@ class World:
         if welcome is None:
             return
         self._note("welcome", session.name)
+        if self._random.random() < 3 * self._nemesis_rate:
+            self._repeat()  # of the time before, perhaps
         if self._known_epoch.get(session.name) != welcome.epoch:
             self._known_epoch[session.name] = welcome.epoch
             for handle in welcome.suspects:
@@ -439,6 +455,8 @@ class World:
 
     def _end(self, host: CoreHost) -> None:
         host.end_step()
+        if self._random.random() < 0.04:
+            host.core.check_ledger()
         self.supervisor.progress.go_on()
 
     def _begin(self, host: CoreHost) -> bool:
