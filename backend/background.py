@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-# A tenth of what others get. At 15, a thirtieth, a standby of a small model was not ready within five
-# minutes on a machine with four times as much to do as it has cores.
+# A tenth of what others get. At 15, a thirtieth, a standby of a small model was not ready within
+# five minutes on a machine with four times as much to do as it has cores.
 NICENESS = 10
 
 # Linux may share the CPU out between sessions first, and every core is a session of its own.
