@@ -66,7 +66,7 @@ print(during, read())
 """)
     if "none" in said:
         pytest.skip("this kernel has no groups of sessions")
-    assert said == "15 0"
+    assert said == "10 0"
 
 
 def test_an_error_comes_through() -> None:
