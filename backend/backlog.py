@@ -18,9 +18,10 @@ class Backlog:
     def enter(self, requests: list[Request]) -> None:
         """A request, or all the siblings of one prompt, has been taken in."""
         self.num_requests += len(requests)
-        self.num_tokens += requests[0].num_prompt_tokens
+        num_tokens = requests[0].num_prompt_tokens
+        self.num_tokens += num_tokens
         if (account := requests[0].account) is not None:
-            account.num_queued_tokens += requests[0].num_prompt_tokens
+            account.num_queued_tokens += num_tokens
 
     def leave(self, request: Request) -> None:
         """A request has its first step, or has ended without one."""

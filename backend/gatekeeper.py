@@ -8,13 +8,13 @@ said so, be on this machine.
 
 import logging
 import os
+import struct
 import time
 from itertools import count
 from pathlib import Path
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import parse_monitor_message
 
 from footplate.backend.keyring import OWNER, Keyring
 from footplate.backend.rejections import WATCHED_EVENTS, Rejections
@@ -31,6 +31,7 @@ HANDSHAKE_TIMEOUT_MS = 10_000  # who connects and says nothing costs a file desc
 # From the removal of a key's file to the end of its connections, at most.
 REFRESH_S = 0.5
 MAX_KNOWN_PEERS = 1_000
+MONITOR_EVENT = struct.Struct("=HI")  # zmq_socket_monitor(3); pyzmq's reader brings asyncio along
 _LOCAL_PEER = Peer()
 _names = count()
 
@@ -184,8 +185,8 @@ class Gatekeeper:
         if ready is self._zap:
             self._answer(self._zap.recv_multipart())
         elif ready is self._monitor:
-            event = parse_monitor_message(self._monitor.recv_multipart())
-            is_new = self._rejections.on_event(event["event"], event["value"])
+            event, descriptor = MONITOR_EVENT.unpack(self._monitor.recv_multipart()[0])
+            is_new = self._rejections.on_event(event, descriptor)
             if is_new and self.num_rejected.bit_count() == 1:  # a flood fills no log
                 logger.warning("connection number %d that was not let in", self.num_rejected)
 

@@ -6,6 +6,7 @@ arrived, where zmq.asyncio would cost a future per message.
 
 import asyncio
 import os
+import struct
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import cast
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from footplate.frontend.link_keys import new_key_pair, own_host
 from footplate.protocol.codec import (
@@ -54,6 +54,7 @@ RECEIVE_HIGH_WATER_MARK = 1_000  # steps
 SEND_HIGH_WATER_MARK = 10_000  # requests and aborts
 MAX_MESSAGES_PER_TURN = 64  # then the event loop gets a turn
 RECONNECT_MS = 10
+MONITOR_EVENT = struct.Struct("=HI")  # zmq_socket_monitor(3): the event and its value
 UNSENT_RETRY_S = 0.001
 
 
@@ -326,9 +327,9 @@ class Connection:
     def _read_monitor(self) -> None:
         with suppress(zmq.Again):
             while not self._monitor.closed:
-                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                event, _ = MONITOR_EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
                 self._lost = True
-                if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                     self.refuse(
                         KeyRefusedError(
                             f"the engine on {self._address} does not let this key in: ask its "
