@@ -54,7 +54,6 @@ class FlightRecorder:
         size = _HEADER.size + max_entries * _ENTRY.size
         self._memory = None if path is None else _open(path, size)
         self._digests: dict[bytes, bytes] = {}  # of sessions, by client
-        self._entries: dict[Request, bytes] = {}
         self._noted: list[Request] = []
         self._is_written = False
 
@@ -78,8 +77,7 @@ class FlightRecorder:
         self.renew()
 
     def renew(self) -> None:
-        """Requests may have other clients or handles than before."""
-        self._entries.clear()
+        """Requests may have another client or handle than before, and their `record` is empty."""
         self._noted = []
 
     def note(self, requests: list[Request]) -> None:
@@ -89,23 +87,20 @@ class FlightRecorder:
         self._noted = requests
         if self._memory is None:
             return
-        try:
-            content = b"".join(map(self._entries.__getitem__, requests))
-        except KeyError:
-            content = self._encode_new(requests)
+        # Requests carry their entries: to look them up would cost as much as all the rest.
+        content = b"".join([request.record for request in requests])
+        if len(content) < len(requests) * _ENTRY.size:
+            content = self._encode(requests)
         header = _HEADER.pack(MAGIC, crc32(content), len(requests))
         self._memory[: len(header) + len(content)] = header + content
         self._is_written = True
 
-    def _encode_new(self, requests: list[Request]) -> bytes:
-        known = self._entries
-        if len(known) > 2 * len(requests) + 64:  # most of them have ended
-            known = self._entries = {r: known[r] for r in requests if r in known}
+    def _encode(self, requests: list[Request]) -> bytes:
         for request in requests:
-            if request not in known:
+            if not request.record:
                 digest = self._digests.get(request.client, _NOBODY)
-                known[request] = _ENTRY.pack(digest, request.handle)
-        return b"".join([known[request] for request in requests])
+                request.record = _ENTRY.pack(digest, request.handle)
+        return b"".join([request.record for request in requests])
 
     def clear(self) -> None:
         """No step is running, and none is about to."""

@@ -100,7 +100,10 @@ async def test_a_standby_that_is_still_loading_can_be_promoted(start_core: Start
     ("change", "words"),
     [
         ({"model": ModelConfig(model="fake", max_model_len=99)}, "a standby with model "),
-        ({"cache": EngineArgs(block_size=32).core_config("ipc:///nowhere").cache}, "block_size 16 cannot serve"),
+        (
+            {"cache": EngineArgs(block_size=32).core_config("ipc:///nowhere").cache},
+            "block_size 16 cannot serve",
+        ),
         (
             {"requests": RequestConfig(logits_processors=("module:Class",))},
             "logits_processors () cannot serve ('module:Class',)",
