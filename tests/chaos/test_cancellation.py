@@ -70,7 +70,10 @@ async def ask_for_stats(engine: AsyncLLMEngine) -> None:
     await engine.health()
 
 
-@pytest.mark.parametrize("call", [generate, add, search, ask_for_stats])
+@pytest.mark.parametrize(
+    "call",
+    [generate, *(pytest.param(c, marks=pytest.mark.chaos) for c in (add, search, ask_for_stats))],
+)
 async def test_cancelling_at_any_place_leaves_nothing_behind(
     ledger: Ledger, call: Callable[[AsyncLLMEngine], Coroutine[Any, Any, None]]
 ) -> None:

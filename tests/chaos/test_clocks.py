@@ -47,7 +47,9 @@ def test_nothing_is_measured_with_a_clock_that_may_be_set() -> None:
     assert len(files) > 100
 
 
-@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+@pytest.mark.parametrize(
+    "jump_s", [-3600.0, pytest.param(3600.0, marks=pytest.mark.chaos)], ids=["back", "ahead"]
+)
 async def test_an_hour_more_or_less_changes_nothing(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
@@ -80,6 +82,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.chaos
 def test_a_machine_that_slept_wakes_up_to_an_engine_that_works(ledger: Ledger) -> None:
     """Both processes stop for longer than what would count as hung, and go on."""
     ledger.fail("runner.execute:sleep=0.001")

@@ -59,6 +59,7 @@ async def test_a_port_that_is_in_use_is_refused_with_the_name_of_who_has_it(
     assert process.exit_status == EX_CONFIG
 
 
+@pytest.mark.chaos
 async def test_what_a_killed_core_has_left_is_no_obstacle_to_the_next(
     ledger: Ledger, folder: Path
 ) -> None:

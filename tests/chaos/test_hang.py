@@ -36,7 +36,7 @@ async def test_a_stopped_core_is_noticed_and_goes_on_where_it_was(ledger: Ledger
     "rule",
     [
         "runner.execute:hang@20",
-        "runner.execute:hang_gil@20",
+        pytest.param("runner.execute:hang_gil@20", marks=pytest.mark.chaos),
         pytest.param("core.step:hang@20", marks=pytest.mark.chaos),
         pytest.param("core.outputs:hang@20", marks=pytest.mark.chaos),
         pytest.param("core.sent:hang_gil@20", marks=pytest.mark.chaos),

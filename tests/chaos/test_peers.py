@@ -134,6 +134,7 @@ async def test_a_message_that_is_too_large_is_refused_here_and_costs_no_other(
     assert not ledger.restarts
 
 
+@pytest.mark.chaos
 async def test_equal_ids_of_one_client_are_refused_and_of_two_are_two_requests(
     ledger: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ async def test_two_clients_have_equal_shares_however_many_requests_each_has(
             await all_exact(again, 4)
 
 
+@pytest.mark.chaos
 async def test_a_killed_application_takes_its_core_along(folder: Path) -> None:
     # F7: whoever started the core; its launcher likewise, in tests/processes/test_launch.py.
     process = await asyncio.create_subprocess_exec(
