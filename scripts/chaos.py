@@ -57,6 +57,9 @@ async def disturb(options: argparse.Namespace) -> bool:
         while len(waits) < options.kills and time.monotonic() < until:
             await asyncio.sleep(dice.expovariate(1 / options.every))
             waits.append(await fault.strike(engine, load, restarts))
+            if dice.random() < 0.2:  # at once again, whatever is being made good just now
+                waits.append(await fault.strike(engine, load, restarts))
+            await load.all_go_on(options.timeout)
         os.environ.pop(FAIL_POINTS, None)
         await load.end()
         num_replayed = engine.requests_replayed

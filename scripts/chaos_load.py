@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -55,6 +56,13 @@ class Template:
     params: SamplingParams | BeamSearchParams
     priority: int = 0
     needs_seed: bool = False
+
+    @property
+    def tells_progress(self) -> bool:
+        """Whether there are outputs before the last."""
+        if isinstance(self.params, BeamSearchParams):
+            return False
+        return self.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
     @property
     def width(self) -> int:
@@ -238,6 +246,8 @@ class Load:
         self._is_over = False
         self._token_came = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
+        self._running: set[int] = set()  # workers whose request says how far it is
+        self._silent: set[int] = set()  # those of them that have not been heard of lately
         self.damage = Damage()
         self.num_asked = 0
         self.num_streams = 0
@@ -288,12 +298,27 @@ class Load:
         longest, self._longest_gap_s = self._longest_gap_s, 0.0
         return longest
 
+    async def all_go_on(self, timeout_s: float) -> None:
+        """Wait until every request that runs now has a new token, or has ended. Raises
+        TimeoutError.
+
+        A request that has none between three deaths in a row of its core is taken to be their
+        reason, and rightly so.
+        """
+        waiting = self._silent = set(self._running)
+        async with asyncio.timeout(timeout_s):
+            while waiting:
+                await self.next_token(timeout_s)
+
     async def _work(self, engine: AsyncLLMEngine, number: int, stride: int) -> None:
+        first = number
         while not self._is_over:
             template = self._templates[number % len(self._templates)]
+            if template.tells_progress:
+                self._running.add(first)
             self.num_asked += template.width
             try:
-                got = await ask(engine, template, self._on_tokens)
+                got = await ask(engine, template, partial(self._on_tokens, first))
             except FootplateError as error:
                 self.failures.append(f"{template.kind}: {type(error).__name__}: {error}")
             else:
@@ -305,10 +330,13 @@ class Load:
                     self._compare(template.kind, expected, got)
             finally:
                 self.num_asked -= template.width
+                self._running.discard(first)
+                self._silent.discard(first)
             number += stride
 
-    def _on_tokens(self, count: int) -> None:
+    def _on_tokens(self, worker: int, count: int) -> None:
         self.num_tokens += count
+        self._silent.discard(worker)
         now = time.monotonic()
         self._longest_gap_s = max(self._longest_gap_s, now - self._last_token)
         self._last_token = now
