@@ -8,8 +8,9 @@ _PLACES = (
     (re.compile(r"\b0x[0-9a-fA-F]+"), "<address>"),
     (re.compile(r"\b(?:ipc|tcp|inproc|file)://[^\s'\",;)]+"), "<address>"),
     (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "<address>"),
-    (re.compile(r"(?<![\w.)\]/])~?/[^\s'\":,;()<>]+"), "<path>"),
-    (re.compile(r"\b(pid|process) \d+\b", re.IGNORECASE), r"\1 <id>"),
+    # One that stands by itself, or in quotes: "1/2" and "and/or" are none.
+    (re.compile(r"(?<![\w.)\]/])(?:~|\.{1,2})?/[^\s'\":,;()<>]+"), "<path>"),
+    (re.compile(r"\b(pid|process)([ =:])\d+\b", re.IGNORECASE), r"\1\2<id>"),
 )
 
 

@@ -31,6 +31,7 @@ from footplate.protocol.errors import (
     EngineError,
     EngineNotReadyError,
     EngineStartError,
+    KeyRefusedError,
     MessageTooLargeError,
     ProtocolMismatchError,
     RequestFailedError,
@@ -420,8 +421,10 @@ class Session:
         while True:
             try:
                 return await self._connect(max(REATTACH_S, deadline - time.monotonic()))
-            except ProtocolMismatchError:
-                raise
+            except (ProtocolMismatchError, KeyRefusedError) as error:
+                raise EngineDeadError(
+                    f"{cause}; it cannot be attached to again: {error}"
+                ) from error
             except EngineStartError:
                 self._disconnect()
                 if time.monotonic() > deadline:

@@ -26,7 +26,7 @@ class Thing:
         (OSError("127.0.0.1:8000 or 10.0.0.1"), "OSError: <address> or <address>"),
         (ValueError("at 0x7f00deadbeef"), "ValueError: at <address>"),
         (ValueError(Thing()), "ValueError: <object>"),
-        (ValueError("pid 123, process=45"), "ValueError: pid <number>, process=<number>"),
+        (ValueError("pid 123, process=45"), "ValueError: pid <id>, process=<id>"),
     ],
 )
 def test_causes_are_one_line_without_places(error: Exception, words: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from footplate.frontend import AsyncLLMEngine, SamplingParams
 from footplate.frontend.link_keys import new_key_pair
-from footplate.protocol.errors import EngineDeadError
+from footplate.protocol.errors import EngineDeadError, EngineDrainingError
 from footplate.protocol.keys import Guest, make_client_key, make_server_key
 
 from .conftest import PATIENCE_S, Program, files_in, in_time, is_gone
@@ -122,7 +122,7 @@ def test_it_does_not_start_with_keys_that_others_can_read(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_it_with_success_and_nothing_is_left(
+async def test_a_signal_lets_requests_finish_and_nothing_is_left(
     run: Run, address: str, folder: Path, number: signal.Signals
 ) -> None:
     program = launch(run, address)
@@ -131,14 +131,42 @@ async def test_a_signal_ends_it_with_success_and_nothing_is_left(
         stream = await engine.add_request(None, [20], FOREVER)
         await anext(stream)
         program.signal(number)
-        with pytest.raises(EngineDeadError):
-            async with asyncio.timeout(PATIENCE_S):
-                async for _ in stream:
-                    pass
+        program.line_with("1 requests are left")
+        with pytest.raises(EngineDrainingError):
+            await complete(engine)
+        reasons = [output.outputs[0].finish_reason async for output in stream]
+        assert reasons[-1] == "length"
+        with pytest.raises(EngineDeadError, match="the engine was stopped"):
+            await complete(engine)
     assert program.status() == 0
     assert is_gone(core)
     assert files_in(folder) == []
     assert "Traceback" not in program.rest()
+
+
+@pytest.mark.parametrize("way", ["at its deadline", "at a second signal"])
+async def test_what_does_not_finish_is_aborted(
+    run: Run, address: str, folder: Path, way: str
+) -> None:
+    program = launch(run, address, "--drain-timeout-s", "0.2" if "deadline" in way else "60")
+    wait_until_ready(program)
+    async with AsyncLLMEngine.connect(address) as engine:
+        stream = await engine.add_request(
+            None, [20], SamplingParams(max_tokens=30_000, detokenize=False, stream_interval=100)
+        )
+        parked = await engine.add_request(None, [21], FOREVER)  # nobody reads it
+        await anext(stream)
+        program.signal(signal.SIGTERM)
+        if "second" in way:
+            program.line_with("requests are left")
+            program.signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE_S):
+            reasons = [output.outputs[0].finish_reason async for output in parked]
+            assert reasons[-1] == "abort"
+            async for _ in stream:
+                pass
+    assert program.status() == 0
+    assert files_in(folder) == []
 
 
 @pytest.mark.parametrize("moment", ["engine.sock.lock", "engine.sock"])
@@ -166,8 +194,10 @@ def test_a_killed_launcher_takes_its_core_and_every_file_along(
     assert in_time(lambda: not files_in(folder), seconds=2)
 
 
-def test_a_killed_core_ends_its_launcher_with_the_signals_name(run: Run, address: str) -> None:
-    program = launch(run, address)
+def test_a_core_killed_too_often_ends_its_launcher_with_the_signals_name(
+    run: Run, address: str
+) -> None:
+    program = launch(run, address, "--max-restarts", "0")
     os.kill(wait_until_ready(program), signal.SIGKILL)
     assert program.status() == EX_SOFTWARE
     assert "killed by SIGKILL" in program.rest()

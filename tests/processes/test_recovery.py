@@ -43,14 +43,18 @@ async def under_load(engine: AsyncLLMEngine) -> AsyncIterator[None]:
     body; afterwards they must be equal."""
     expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(12)))
     tasks = [asyncio.create_task(tokens_of(engine, index)) for index in range(12)]
-    begun = await engine.add_request(None, [7], SamplingParams(max_tokens=1, detokenize=False))
-    async for _ in begun:
-        pass
+    await progress_of(engine)
     yield
     async with asyncio.timeout(6 * PATIENCE_S):
         assert await asyncio.gather(*tasks) == expected
     stats = await engine.get_stats()
     assert (stats.num_running, stats.num_waiting) == (0, 0)
+
+
+async def progress_of(engine: AsyncLLMEngine) -> None:
+    """Wait until every suspect has had its turn: others come after them."""
+    async for _ in engine.generate([7], SamplingParams(max_tokens=1, detokenize=False)):
+        pass
 
 
 async def core_after(engine: AsyncLLMEngine, process_id: int) -> int:
@@ -73,6 +77,7 @@ async def test_a_core_may_be_killed_again_and_again(number: signal.Signals) -> N
             os.kill(core, number)
             await core_after(engine, core)
             assert is_gone(core)
+            await progress_of(engine)
     assert engine.engine_restarts == len(restarts) == 3
     assert all(restart.num_replayed for restart in restarts)
     assert number is signal.SIGTERM or all(number.name in restart.cause for restart in restarts)

@@ -27,6 +27,7 @@ from footplate.protocol.errors import (
     KeyFileError,
     KeyRefusedError,
     QueueOverflowError,
+    RequestFailedError,
 )
 from footplate.protocol.keys import ClientKeys, read_client_keys
 from footplate.protocol.links import new_client_id
@@ -552,15 +553,13 @@ def test_a_role_that_changes_counts_for_connections_that_are_there() -> None:
 # ---- what they are told
 
 
-async def test_an_error_names_no_place_to_a_client_with_a_key_and_all_to_the_owner() -> None:
+async def test_an_error_names_no_place_to_a_client_with_a_key() -> None:
     with guarded_core(mode="step raises and names a file") as core:
         engine = core.connect(core.make_key("outsider"))
-        with pytest.raises(EngineDeadError) as caught:
+        with pytest.raises(RequestFailedError) as caught:
             await complete(engine)
         engine.shutdown()
-        assert str(caught.value) == "RuntimeError: cannot map <path> at <address>"
-        told_owner = await asyncio.to_thread(core.ends.get, True, PATIENCE_S)
-        assert str(told_owner) == ("RuntimeError: cannot map /home/operator/weights at 0x7f001122")
+        assert str(caught.value).endswith("RuntimeError: cannot map <path> at <address>")
 
 
 # ---- key files
