@@ -8,37 +8,20 @@ the seed, so a seed is a replay.
 
 from collections import Counter, deque
 from random import Random
-from typing import Any, Literal
 
-from footplate.frontend import RequestMetrics, SamplingParams
-from footplate.frontend.output_text import OutputText
-from footplate.frontend.recovery import BLAME
-from footplate.frontend.stream import RequestStream
-from footplate.frontend.text import StopStrings
-from footplate.frontend.token_params import resolve_params
-from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfig
 from footplate.protocol.errors import EngineDeadError, QueueOverflowError
-from footplate.protocol.messages import AddRequest, ModelFacts
-from footplate.protocol.params import RepetitionDetectionParams, RequestOutputKind
-from footplate.protocol.token_params import Grammar
+from footplate.protocol.messages import AddRequest
 
-from .core_host import (
-    BAD_GRAMMAR,
-    POISON,
-    CoreCrash,
-    CoreHost,
-    Setting,
-    StreamMarks,
-    core_runs_alone,
-)
-from .expectation import PIECES, ExpectedRequest, make_detokenizer
+from .core_host import CoreCrash, CoreHost
+from .expectation import ExpectedRequest
 from .link import Link, session_of
 from .recovering_session import RecoveringSession
+from footplate.frontend.recovery import BLAME
 from .supervisor import PATIENCE, Supervisor
+from .workload import Workload, make_setting
 
 NUM_EVENTS = 200
 MAX_REQUESTS = 14
-STOPS = ("ab", "a", "ä", "€b", "ca", "😀", "bcb", "\ufffd")
 TICK_S = 0.04  # at most, from event to event
 
 
@@ -60,15 +43,16 @@ class World:
         self.happened: Counter[str] = Counter()
         self.events: deque[str] = deque(maxlen=30)
         self.num_events = 0
-        self._setting = self._make_setting()
+        setting = make_setting(random)
         self._nemesis_rate = random.choice((0.02, 0.05, 0.1))
         self._faults = random.sample(list(FAULTS), random.randint(1, len(FAULTS)))
-        self._poison_rate = random.choice((0.0, 0.0, 0.1, 0.4))
+        poison_rate = random.choice((0.0, 0.0, 0.1, 0.4))
         if is_poisonous or random.random() < 0.1:
             self._faults = ["nemesis: kill", "nemesis: cut"]
-            self._poison_rate = 0.15
+            poison_rate = 0.15
+        self._workload = Workload(random, setting, poison_rate)
         max_restarts = 2 if random.random() < 0.1 else 1000
-        self.supervisor = Supervisor(self._setting, self._clock, random, max_restarts)
+        self.supervisor = Supervisor(setting, self._clock, random, max_restarts)
         self._links: list[Link] = []
         self._gone: list[Link] = []  # closed, and the core does not know yet
         self._stale: list[tuple[RecoveringSession, bytes]] = []  # frames that may come again
@@ -79,43 +63,7 @@ class World:
         self._fatal_steps: dict[tuple[bytes, int], tuple[int, int]] = {}
         self._known_epoch: dict[bytes, int] = {}
         self._stopped_until = 0.0
-        limit = self._setting.model.max_model_len
-        self._prefixes = [self._token_ids(limit) for _ in range(2)]
         self.sessions = [self._make_session() for _ in range(random.choice((1, 1, 2, 3)))]
-
-    def _make_setting(self) -> Setting:
-        random = self._random
-        block_size = random.choice((1, 2, 4, 8))
-        max_model_len = random.choice((12, 20, 32))
-        max_num_seqs = random.choice((1, 2, 4, 8))
-        policy: Literal["fcfs", "priority"] = random.choice(("fcfs", "priority"))
-        model = ModelFacts(
-            model="checking",
-            tokenizer="",
-            architecture="",
-            vocab_size=random.choice((3, 5, len(PIECES))),
-            max_model_len=max_model_len,
-            eos_token_ids=(random.randrange(3),) if random.random() < 0.3 else (),
-            dtype="",
-            device="",
-            attention="",
-        )
-        setting = Setting(
-            model,
-            -(-max_model_len // block_size) + random.choice((0, 1, 3, 40)),
-            random.choice((1, 4, 1000)),
-            CacheConfig(block_size=block_size, enable_prefix_caching=random.random() < 0.8),
-            SchedulerConfig(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_seqs + random.choice((0, 1, 4, 100)),
-                policy=policy,
-                long_prefill_token_threshold=random.choice((0, 0, 3)),
-            ),
-            RequestConfig(max_num_queued_reqs=5 if random.random() < 0.2 else None),
-            StreamMarks(random.choice((0, 0, 300, 2000))),
-            can_run_alone=CORE_RUNS_ALONE,
-        )
-        return setting
 
     def _clock(self) -> float:
         return self.now
@@ -226,103 +174,12 @@ class World:
                 request.has_ended = True
 
     def _submit(self, session: RecoveringSession) -> None:
-        random, setting = self._random, self._setting
-        prompt, params = self._prompt(), None
-        params = self._params(len(prompt))
-        grammar = None
-        if random.random() < 0.08:
-            grammar = BAD_GRAMMAR if random.random() < 0.3 else Grammar("good")
-        handle, name = session.client.new_handles(params.n), str(self._num_requests)
+        request = self._workload.open(session, str(self._num_requests), self._clock)
         self._num_requests += 1
-        seed = random.randint(0, 3)
-        stream = RequestStream(
-            name,
-            handle,
-            params,
-            seed,
-            RequestMetrics(0.0, self.now),
-            lambda stream: session.abort(stream.request_id),
-        )
-        stops = params.stop_strings
-        stream.begin(
-            None,
-            prompt,
-            lambda: OutputText(
-                make_detokenizer(),
-                StopStrings(stops, params.include_stop_str_in_output) if stops else None,
-                params.min_tokens,
-            ),
-        )
-        max_tokens = params.max_tokens
-        assert max_tokens is not None
-        is_poison = random.random() < self._poison_rate
-        message = AddRequest(
-            handle,
-            prompt,
-            resolve_params(
-                params,
-                seed=seed,
-                max_tokens=max_tokens,
-                model=setting.model,
-                requests=setting.requests,
-                grammar=grammar,
-            ),
-            priority=random.randint(-1, 1),
-            cache_salt=POISON if is_poison else random.choice(("", "", "salt")),
-            n=params.n,
-            ttft_deadline_s=random.uniform(0, 4) if random.random() < 0.05 else None,
-            deadline_s=random.uniform(0, 8) if random.random() < 0.05 else None,
-        )
-        request = ExpectedRequest(
-            stream, message, session.name, setting.model, setting.marks, self._clock
-        )
-        for index in range(params.n):
-            self._requests[session.name][handle + index] = request
-        self._note("poison" if is_poison else "add", name)
-        session.submit(stream, message)
-
-    def _prompt(self) -> list[int]:
-        random, limit = self._random, self._setting.model.max_model_len
-        length = random.randint(1, random.randint(1, limit - 1))
-        shared = random.choice(self._prefixes)[: random.choice((0, length // 2, length))]
-        return shared + self._token_ids(length - len(shared))
-
-    def _token_ids(self, count: int) -> list[int]:
-        return self._random.choices(range(self._setting.model.vocab_size), k=count)
-
-    def _params(self, num_prompt_tokens: int) -> SamplingParams:
-        random = self._random
-        rest = self._setting.model.max_model_len - num_prompt_tokens
-        max_tokens = min(rest, random.choice((1, 3, 10, 100)))
-        chosen: dict[str, Any] = {
-            "temperature": random.choice((0.0, 1.0)),
-            "max_tokens": max_tokens,
-            "output_kind": random.choice(KINDS),
-        }
-        if random.random() < 0.25:
-            chosen["n"] = random.choice((2, 3))
-        if random.random() < 0.25:
-            chosen["stop"] = random.sample(STOPS, random.choice((1, 2)))
-            chosen["include_stop_str_in_output"] = random.random() < 0.5
-        if random.random() < 0.2:
-            chosen["stop_token_ids"] = [random.randrange(3)]
-        if random.random() < 0.2:
-            chosen["min_tokens"] = min(max_tokens, random.choice((1, 3)))
-        if random.random() < 0.2:
-            chosen["logprobs"] = 0
-        if random.random() < 0.1:
-            chosen["prompt_logprobs"] = 0
-            chosen["prompt_logprob_start"] = random.choice((0, 0, 3))
-        if random.random() < 0.15:
-            chosen["frequency_penalty"] = 0.5
-        if random.random() < 0.25:
-            least = random.randint(1, 2)
-            chosen["repetition_detection"] = RepetitionDetectionParams(
-                max_pattern_size=3, min_pattern_size=least, min_count=2
-            )
-        if random.random() < 0.2:
-            chosen["stream_interval"] = 3
-        return SamplingParams(**chosen)
+        for completion in request.stream.completions:
+            self._requests[session.name][completion.handle] = request
+        self._note("poison" if request.is_poison else "add", request.stream.request_id)
+        session.submit(request.stream, request.message)
 
     def _read(self) -> None:
         """Every consumer takes what is there."""
@@ -499,8 +356,6 @@ class World:
         host = self.supervisor.host
         if host is not None and not host.is_stopped and not host.is_hung:
             host.is_stopped = True
-            if not host.is_in_step:
-                self.supervisor.progress.stop(self.now)
             self._stopped_until = self.now + self._random.choice((0.5, 1.5, 3.0, 20.0))
             self.supervisor.progress.stop(self.now)
 
@@ -597,7 +452,6 @@ class World:
         self.events.append(f"{self.num_events} at {self.now:.3f}: {what} {about}")
 
 
-KINDS = (RequestOutputKind.DELTA, RequestOutputKind.DELTA, *RequestOutputKind)
 FAULTS = {
     "nemesis: kill": World._kill,
     "nemesis: stop": World._stop,
@@ -608,9 +462,6 @@ FAULTS = {
     "nemesis: end client": World._end_client,
     "nemesis: repeat": World._repeat,
 }
-
-
-CORE_RUNS_ALONE = core_runs_alone()
 
 
 def run_world(seed: int) -> Counter[str]:
