@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tests.simulation.checking_runner import BrokenPlan
 from tests.simulation.world import NUM_EVENTS, run_world
 
 app = App(help=__doc__, help_format="plaintext")
@@ -32,7 +33,7 @@ def simulate(
     for seed in range(first, first + count):
         try:
             seen += run_world(seed)
-        except Exception:
+        except (Exception, BrokenPlan):
             print(f"seed {seed} is the first to fail, after {seed - first} that did not")
             raise
     minutes = (time.perf_counter() - since) / 60

@@ -16,6 +16,11 @@ from .oracle import chosen_token, row_of
 Entry = tuple[int, int]
 
 
+class BrokenPlan(BaseException):
+    """A plan is not what a runner needs. No guard of the core may take that for the failure of a
+    request, and go on."""
+
+
 class CheckingRunner:
     """Owns a KV memory of entries, and asserts that every plan treats it as a real runner needs.
 
@@ -55,6 +60,12 @@ class CheckingRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `ModelRunner`."""
+        try:
+            return self._execute(plan)
+        except AssertionError as error:
+            raise BrokenPlan(*error.args) from error
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         self._let_go(plan.released)
         self._check_shape(plan)
         work = list(zip(plan.requests, plan.num_new_tokens, strict=True))
@@ -90,7 +101,10 @@ class CheckingRunner:
     def _check_shape(self, plan: StepPlan) -> None:
         keys = [request.key for request in plan.requests]
         assert len(set(keys)) == len(keys) <= self._max_num_seqs
-        assert self.lengths.keys() <= set(keys), "who runs gets a token in every step"
+        if any(request.runs_alone for request in plan.requests):
+            assert len(keys) == 1, "who runs alone has others beside it"
+        else:
+            assert self.lengths.keys() <= set(keys), "who runs gets a token in every step"
         assert all(count > 0 for count in plan.num_new_tokens)
         assert sum(plan.num_new_tokens) <= self._max_num_batched_tokens
         if len(keys) > 1 and self._long_prefill_token_threshold:

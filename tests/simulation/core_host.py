@@ -24,12 +24,11 @@ from footplate.protocol.messages import (
     StepOutputs,
     Welcome,
 )
-from footplate.protocol.token_params import Grammar, TokenParams
+from footplate.protocol.token_params import Grammar
 
 from .checking_runner import CheckingRunner
 from .link import Link, decode_of_client, session_of
 from .marks import Marks
-from .run_alone import RunAloneGate
 
 # What a salt says of a request whose steps no core survives.
 POISON = "poison"
@@ -114,7 +113,6 @@ class Setting:
     scheduler: SchedulerConfig
     requests: RequestConfig
     marks: StreamMarks
-    can_run_alone: bool
 
 
 @dataclass
@@ -169,7 +167,6 @@ class CoreHost:
             requests=setting.requests,
             grammars=self._compiler,
         )
-        self.gate = None if setting.can_run_alone else RunAloneGate(self.core)
         self._links: dict[bytes, Link] = {}
         self._events: list[tuple[bytes, Hello | Goodbye | AddRequest | AbortRequests]] = []
         self._produced: list[tuple[bytes, StepOutputs]] | None = None
@@ -230,9 +227,7 @@ class CoreHost:
     @property
     def has_work(self) -> bool:
         """Whether the busy loop has anything to do now."""
-        return bool(
-            self._events or self.core.has_work or self._compiler or (self.gate and len(self.gate))
-        )
+        return bool(self._events or self.core.has_work or self._compiler)
 
     def begin_step(self) -> None:
         """Apply what has come and compute a step; nobody hears of it yet.
@@ -246,8 +241,6 @@ class CoreHost:
         events, self._events = self._events, []
         for client, message in events:
             self._apply(client, message)
-        if self.gate is not None:
-            self.gate.open(self._clock())
         self.runner.participants = ()
         self.core.step()
         self._produced = self.core.take_outputs()
@@ -259,16 +252,7 @@ class CoreHost:
             case Goodbye():
                 self.core.leave(client)
                 self.runner.forget(client)
-                if self.gate is not None:
-                    self.gate.leave(client)
-            case AddRequest():
-                if self.gate is None:
-                    self.core.handle(client, message)
-                else:
-                    self.gate.add(client, message, self._clock())
-            case AbortRequests(handles=handles):
-                if self.gate is not None:
-                    self.gate.abort(client, handles)
+            case AddRequest() | AbortRequests():
                 self.core.handle(client, message)
 
     def end_step(self, most: int | None = None) -> None:
@@ -276,8 +260,6 @@ class CoreHost:
         assert self._produced is not None
         produced, self._produced = self._produced, None
         for client, outputs in produced[:most]:
-            if self.gate is not None:
-                self.gate.look_at(client, outputs)
             if link := self._links.get(client):
                 for part in self._in_parts(outputs):
                     link.push(part)
@@ -315,20 +297,3 @@ class CoreHost:
         assert stats.num_free_blocks == self._setting.num_blocks
         assert not self.runner.lengths, "the runner was not told to let go"
         self.core.check_ledger()
-
-
-def core_runs_alone() -> bool:
-    """Whether the scheduler itself looks at `run_alone`, as seen from outside: of two requests, one
-    of them to be run alone, one takes part in the first step."""
-    model = ModelFacts("", "", "", 2, 4, (), "", "", "")
-    params = TokenParams(0.0, 1.0, 0, 0.0, 0, 2, 0, ())
-    scheduler = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=8)
-    setting = Setting(
-        model, 8, 8, CacheConfig(block_size=2), scheduler, RequestConfig(), StreamMarks(0), True
-    )
-    host = CoreHost(setting, 1, lambda: 0.0, Random(0), Obituary())
-    host.core.join(b"client")
-    host.core.handle(b"client", AddRequest(1, [1], params, run_alone=True))
-    host.core.handle(b"client", AddRequest(2, [1], params))
-    host.core.step()
-    return len(host.runner.participants) == 1

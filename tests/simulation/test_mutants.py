@@ -21,6 +21,7 @@ from footplate.backend.scheduler import Scheduler
 from footplate.backend.siblings import Siblings
 from footplate.backend.waiting_queue import WaitingQueue
 
+from .checking_runner import BrokenPlan
 from .mutation import Mutant
 from .simulation import Simulation
 
@@ -259,8 +260,8 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "the prompt of siblings is counted for each": (
         Backlog,
         "enter",
-        "requests[0].num_prompt_tokens",
-        "len(requests) * requests[0].num_prompt_tokens",
+        "self.num_tokens += requests[0].num_prompt_tokens",
+        "self.num_tokens += len(requests) * requests[0].num_prompt_tokens",
     ),
     "who has run is still queued": (Scheduler, "_admit_first", "self.backlog.leave(request)", ""),
 }
@@ -276,6 +277,6 @@ def is_noticed() -> bool:
     for seed in range(NUM_SCHEDULES):
         try:
             Simulation(seed).run()
-        except AssertionError:
+        except (AssertionError, BrokenPlan):
             return True
     return False

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from .checking_runner import BrokenPlan
 from .simulation import Simulation
 
 
@@ -10,7 +11,7 @@ def test_every_stream_is_what_it_would_be_alone(seeds: range) -> None:
         simulation = Simulation(seed)
         try:
             simulation.run()
-        except Exception as error:
+        except (Exception, BrokenPlan) as error:
             error.add_note(
                 f"in step {simulation.num_steps}; to replay: "
                 f"pytest tests/simulation --simulation-seed {seed}"

@@ -14,13 +14,12 @@ from footplate.protocol.messages import AddRequest, ModelFacts
 from footplate.protocol.params import RepetitionDetectionParams, RequestOutputKind
 from footplate.protocol.token_params import Grammar
 
-from .core_host import BAD_GRAMMAR, POISON, Setting, StreamMarks, core_runs_alone
+from .core_host import BAD_GRAMMAR, POISON, Setting, StreamMarks
 from .expectation import PIECES, ExpectedRequest, make_detokenizer
 from .recovering_session import RecoveringSession
 
 STOPS = ("ab", "a", "ä", "€b", "ca", "😀", "bcb", "\ufffd")
 KINDS = (RequestOutputKind.DELTA, RequestOutputKind.DELTA, *RequestOutputKind)
-CORE_RUNS_ALONE = core_runs_alone()
 
 
 def make_setting(random: Random) -> Setting:
@@ -53,7 +52,6 @@ def make_setting(random: Random) -> Setting:
         ),
         RequestConfig(max_num_queued_reqs=5 if random.random() < 0.2 else None),
         StreamMarks(random.choice((0, 0, 300, 2000))),
-        can_run_alone=CORE_RUNS_ALONE,
     )
 
 

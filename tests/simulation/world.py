@@ -12,6 +12,7 @@ from random import Random
 from footplate.protocol.errors import EngineDeadError, QueueOverflowError
 from footplate.protocol.messages import AddRequest
 
+from .checking_runner import BrokenPlan
 from .core_host import CoreCrash, CoreHost
 from .expectation import ExpectedRequest
 from .link import Link, session_of
@@ -469,7 +470,7 @@ def run_world(seed: int) -> Counter[str]:
     world = World(seed)
     try:
         return world.run()
-    except Exception as error:
+    except (Exception, BrokenPlan) as error:
         error.add_note("the last events, by number and time:")
         for event in world.events:
             error.add_note(f"  {event}")
