@@ -6,7 +6,7 @@ from footplate.frontend.completion import Completion
 from footplate.frontend.stream import RequestStream
 from footplate.protocol.bounds import MAX_SEED
 from footplate.protocol.messages import AddRequest
-from footplate.protocol.token_params import RepetitionDetection, TokenParams
+from footplate.protocol.token_params import TokenParams
 
 
 def continuation(stream: RequestStream, now: float) -> list[AddRequest]:
@@ -14,7 +14,7 @@ def continuation(stream: RequestStream, now: float) -> list[AddRequest]:
 
     Nothing but the request and its tokens so far decides what comes next, so it goes on exactly.
     Its clock goes on too. Where the newest token was the last, and the end that the core told of
-    it has been lost, that token is asked for once more, and the end with it.
+    it has been lost, the next core tells it.
 
     Args:
         now: monotonic seconds, as in the stream's metrics.
@@ -39,11 +39,9 @@ def _go_on(
 ) -> AddRequest:
     seed = (sent.params.seed + completion.index) & MAX_SEED
     params = replace(sent.params, seed=seed)
-    output, ttft_deadline_s = completion.copy_token_ids(), sent.ttft_deadline_s
+    ttft_deadline_s = sent.ttft_deadline_s
     if _has_begun(completion, sent):
         ttft_deadline_s = None  # it was in time
-        if _may_have_ended(output, params):
-            output.pop()
     if any(_has_begun(each, sent) for each in stream.completions):
         # The prompt's scores came before the first token of any of them.
         params = _without_prompt_logprobs(params)
@@ -52,29 +50,10 @@ def _go_on(
         handle=completion.handle,
         n=1,
         params=params,
-        prior_token_ids=output,
+        prior_token_ids=completion.copy_token_ids(),
         age_s=age_s,
         ttft_deadline_s=ttft_deadline_s,
         is_replay=True,
-    )
-
-
-def _may_have_ended(output: list[int], params: TokenParams) -> bool:
-    """Whether the newest token was the last one, grammars aside. Why, is the core's to say: there a
-    grammar's end is known, which comes before other reasons."""
-    num_tokens, min_tokens = len(output), params.min_tokens
-    return (
-        num_tokens >= params.max_tokens
-        or (num_tokens > min_tokens and output[-1] in params.stop_token_ids)
-        or (num_tokens >= min_tokens and _is_repetitive(output, params.repetition))
-    )
-
-
-def _is_repetitive(output: list[int], wanted: RepetitionDetection | None) -> bool:
-    """By the definition: the core's detector is quicker, but looks at every token."""
-    return wanted is not None and any(
-        output[-size * wanted.min_count :] == output[-size:] * wanted.min_count
-        for size in range(wanted.min_pattern_size, wanted.max_pattern_size + 1)
     )
 
 

@@ -11,7 +11,7 @@ from footplate.frontend.replay import continuation
 from footplate.frontend.stream import RequestStream
 from footplate.protocol.bounds import MAX_SEED
 from footplate.protocol.messages import AddRequest, Finished, FinishReason, StepOutputs
-from footplate.protocol.token_params import LogprobsRequest, RepetitionDetection, TokenParams
+from footplate.protocol.token_params import LogprobsRequest, TokenParams
 
 ARRIVAL = 10.0
 PLAIN = TokenParams(1.0, 1.0, 0, 0.0, 7, 100, 0, ())
@@ -157,59 +157,13 @@ def test_of_logprobs_of_the_prompt_alone_nothing_is_left_to_ask_for(prompt_only:
     assert go_on(stream).params.logprobs is None
 
 
-# ---- the last token has come, and the end has not
-
-ENDED: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "max_tokens": ({"max_tokens": 3}, [5, 6, 7]),
-    "a stop token": ({"stop_token_ids": (7,)}, [5, 6, 7]),
-    "a stop token behind min_tokens": ({"stop_token_ids": (7,), "min_tokens": 2}, [5, 6, 7]),
-    "repetition": ({"repetition": RepetitionDetection(2, 1, 3)}, [4, 5, 5, 5]),
-    "repetition of a pattern": ({"repetition": RepetitionDetection(2, 1, 2)}, [5, 6, 5, 6]),
-    "repetition at min_tokens": (
-        {"repetition": RepetitionDetection(2, 1, 3), "min_tokens": 3},
-        [5, 5, 5],
-    ),
-    "the only token": ({"max_tokens": 1}, [5]),
-}
-GOES_ON: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "one token before max_tokens": ({"max_tokens": 4}, [5, 6, 7]),
-    "a stop token at min_tokens": ({"stop_token_ids": (7,), "min_tokens": 3}, [5, 6, 7]),
-    "a pattern said too rarely": ({"repetition": RepetitionDetection(2, 1, 3)}, [5, 5]),
-    "a pattern that is too long": ({"repetition": RepetitionDetection(2, 1, 2)}, [5, 6, 7] * 2),
-    "a pattern that is too short": ({"repetition": RepetitionDetection(3, 2, 2)}, [4, 5, 5]),
-    "repetition before min_tokens": (
-        {"repetition": RepetitionDetection(2, 1, 3), "min_tokens": 4},
-        [5, 5, 5],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ENDED)
-def test_a_last_token_without_an_end_is_asked_for_again(case: str) -> None:
-    given, output = ENDED[case]
+def test_a_last_token_whose_end_was_lost_is_sent_like_any_other() -> None:
     client = EngineClient()
-    stream = open_stream(client, params=replace(PLAIN, **given), ttft_deadline_s=1.0)
-    receive(client, stream.handle, *output)
-    message = go_on(stream)
-    assert message.prior_token_ids == output[:-1]
-    assert message.ttft_deadline_s is None, "its first token was in time"
-
-
-@pytest.mark.parametrize("case", GOES_ON)
-def test_a_token_that_cannot_have_been_the_last_is_not_asked_for_again(case: str) -> None:
-    given, output = GOES_ON[case]
-    client = EngineClient()
-    stream = open_stream(client, params=replace(PLAIN, **given))
-    receive(client, stream.handle, *output)
-    assert go_on(stream).prior_token_ids == output
-
-
-def test_a_last_token_that_comes_again_is_dropped_and_the_end_is_taken() -> None:
-    client = EngineClient()
-    stream = open_stream(client, params=replace(PLAIN, max_tokens=2))
+    stream = open_stream(client, params=replace(PLAIN, max_tokens=2), ttft_deadline_s=1.0)
     receive(client, stream.handle, 5, 6)
-    assert go_on(stream).prior_token_ids == [5]
-    receive(client, stream.handle, 6, position=1)
+    message = go_on(stream)
+    assert message.prior_token_ids == [5, 6], "its end is the core's to tell"
+    assert message.ttft_deadline_s is None, "its first token was in time"
     end(client, stream.handle)
     assert stream.completions[0].copy_token_ids() == [5, 6] and stream.is_finished
 

@@ -260,8 +260,8 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "the prompt of siblings is counted for each": (
         Backlog,
         "enter",
-        "self.num_tokens += requests[0].num_prompt_tokens",
-        "self.num_tokens += len(requests) * requests[0].num_prompt_tokens",
+        "self.num_tokens += num_tokens",
+        "self.num_tokens += len(requests) * num_tokens",
     ),
     "who has run is still queued": (Scheduler, "_admit_first", "self.backlog.leave(request)", ""),
 }

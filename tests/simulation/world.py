@@ -9,6 +9,7 @@ the seed, so a seed is a replay.
 from collections import Counter, deque
 from random import Random
 
+from footplate.frontend.recovery import BLAME
 from footplate.protocol.errors import EngineDeadError, QueueOverflowError
 from footplate.protocol.messages import AddRequest
 
@@ -17,7 +18,6 @@ from .core_host import CoreCrash, CoreHost
 from .expectation import ExpectedRequest
 from .link import Link, session_of
 from .recovering_session import RecoveringSession
-from footplate.frontend.recovery import BLAME
 from .supervisor import PATIENCE, Supervisor
 from .workload import Workload, make_setting
 
