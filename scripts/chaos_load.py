@@ -244,6 +244,7 @@ class Load:
         self._expected: list[Answer] = []
         self._without_seed: list[tuple[int, Answer]] = []
         self._is_over = False
+        self._rest = 0.0
         self._token_came = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._running: set[int] = set()  # workers whose request says how far it is
@@ -261,9 +262,14 @@ class Load:
         """Run every request once, undisturbed, so many at a time."""
         self._expected = await _ask_all(engine, self._templates, width)
 
-    def begin(self, engine: AsyncLLMEngine, num_streams: int) -> None:
-        """Keep so many streams busy."""
+    def begin(self, engine: AsyncLLMEngine, num_streams: int, rest: float = 0.0) -> None:
+        """Keep so many streams busy.
+
+        Args:
+            rest: how long each pauses after a request, as a multiple of what that took.
+        """
         self._is_over = False
+        self._rest = rest
         self._workers = [
             asyncio.create_task(self._work(engine, first, num_streams))
             for first in range(num_streams)
@@ -317,6 +323,7 @@ class Load:
             if template.tells_progress:
                 self._running.add(first)
             self.num_asked += template.width
+            since = time.monotonic()
             try:
                 got = await ask(engine, template, partial(self._on_tokens, first))
             except FootplateError as error:
@@ -333,6 +340,8 @@ class Load:
                 self._running.discard(first)
                 self._silent.discard(first)
             number += stride
+            if self._rest:
+                await asyncio.sleep(self._rest * (time.monotonic() - since))
 
     def _on_tokens(self, worker: int, count: int) -> None:
         self.num_tokens += count
