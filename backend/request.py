@@ -79,8 +79,6 @@ class Request:
         runs_alone: nobody else takes part in its steps, until it has a new token.
         short_at: how many tokens it had when others had to make room for its next one; -1 when that
             never happened.
-        record: how the flight recorder, which writes this field, writes the request down. Whoever
-            changes `client` or `handle` empties it.
     """
 
     key: int
@@ -108,7 +106,6 @@ class Request:
     siblings: Siblings | None = None
     runs_alone: bool = False
     short_at: int = -1
-    record: bytes = b""
     finish_reason: FinishReason | None = None
 
     @property
