@@ -126,7 +126,8 @@ def _open(path: Path, size: int) -> mmap.mmap | None:
             _check_file(file)
             # Where there is no room for it, writing to the mapping would end this process.
             os.posix_fallocate(file, 0, size)
-            return mmap.mmap(file, size)
+            # All of it: one that was made for more requests has more slots to clear.
+            return mmap.mmap(file, min(os.fstat(file).st_size, MAX_FILE_BYTES))
         finally:
             os.close(file)
     except (OSError, ValueError) as error:

@@ -183,6 +183,15 @@ def test_a_core_that_ends_before_its_first_step_leaves_the_record_to_the_next(pa
     assert suspects(path)[ALICE] == [4]
 
 
+def test_a_core_for_fewer_requests_leaves_nothing_of_the_one_before(path: Path) -> None:
+    record(path, num_slots=50).note(StepPlan([request(handle) for handle in range(50)]))
+    heir = record(path, num_slots=2)
+    heir.note(StepPlan([request(60)]))
+    assert suspects(path)[ALICE] == [60]
+    heir.clear()
+    assert heir.is_clear
+
+
 def test_without_a_folder_nothing_is_recorded() -> None:
     recorder = record(None)
     recorder.note(StepPlan([request(1)]))
