@@ -186,5 +186,5 @@ def _parse(content: bytes) -> Suspects:
 
 
 def suspects_of(session: bytes, suspects: Suspects) -> list[int]:
-    """The handles that are a session's own."""
-    return list(suspects.get(digest_session(session), ())) if session and suspects else []
+    """The handles that are a session's own, ascending."""
+    return sorted(suspects.get(digest_session(session), ())) if session and suspects else []

@@ -78,7 +78,7 @@ def test_only_the_last_step_counts(path: Path) -> None:
 
 
 def test_handles_of_any_size_and_sign_are_written_down(path: Path) -> None:
-    handles = [0, -1, 2**63 - 1, -(2**63)]
+    handles = [-(2**63), -1, 0, 2**63 - 1]
     record(path).note(StepPlan([request(handle) for handle in handles]))
     assert suspects(path)[ALICE] == handles
 
