@@ -181,7 +181,7 @@ class Leases:
         request = lease.request
         assert request is not None
         del self._live[request.client, request.handle]
-        request.client, request.handle, request.record = client, handle, b""
+        request.client, request.handle = client, handle
         self._live[client, handle] = lease
         if client != DETACHED:
             self._due.pop((lease.session, lease.request_id), None)

@@ -21,12 +21,14 @@ from footplate.backend.step import ModelRunner, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
-# The file: magic, CRC-32 of the entries, their number; then the entries, and anything behind them.
-# An entry: a digest of the client's session (the name itself would let whoever reads it take over
-# the client's requests), and the client's handle.
+# The file: magic, then slots. A slot: a digest of the client's session (the name itself would let
+# whoever reads it take over the client's requests), the client's handle, and the CRC-32 of both.
+# Whatever makes no sense, an empty slot or one that was only half written, says nothing.
 MAGIC = b"footstep"
-_HEADER = struct.Struct("<8sII")
 _ENTRY = struct.Struct("<8sq")
+_CHECKSUM = struct.Struct("<I")
+SLOT_BYTES = _ENTRY.size + _CHECKSUM.size
+_EMPTY = bytes(SLOT_BYTES)
 _NOBODY = bytes(8)  # in the place of a digest: a client without a session cannot be told
 MAX_FILE_BYTES = 2**24
 
@@ -39,31 +41,31 @@ def digest_session(session: bytes) -> bytes:
 
 
 class FlightRecorder:
-    """Owns the file, which is written when others take part than in the step before. That is a copy
-    into memory that the system keeps whatever becomes of this process; nothing waits for a disk.
+    """Owns the file. Between two steps a few requests go and a few come, so each has a slot, and
+    nothing else is written. That is a copy into memory that the system keeps whatever becomes of
+    this process; nothing waits for a disk.
 
     What another core has left there stays until the first step: should this one end before, the
     next can still read it.
 
     Args:
         path: None records nothing.
-        max_entries: most requests in a step.
+        num_slots: most requests in a step.
     """
 
-    def __init__(self, path: Path | None, max_entries: int) -> None:
-        size = _HEADER.size + max_entries * _ENTRY.size
+    def __init__(self, path: Path | None, num_slots: int) -> None:
+        self._num_slots = num_slots
+        size = len(MAGIC) + num_slots * SLOT_BYTES
         self._memory = None if path is None else _open(path, size)
         self._digests: dict[bytes, bytes] = {}  # of sessions, by client
-        self._noted: list[Request] = []
-        self._is_written = False
+        self._slots: dict[int, int] = {}  # by request key: where its entry begins
+        self._free: list[int] = []
+        self._is_stale = True  # there are entries of somebody else, or of before
 
     @property
     def is_clear(self) -> bool:
         """Whether nobody is on record, of this core's steps or of the last one's before it."""
-        if self._memory is None:
-            return True
-        magic, _, count = _HEADER.unpack_from(self._memory)
-        return magic != MAGIC or not count
+        return self._memory is None or not any(self._memory[len(MAGIC) :])
 
     def join(self, client: bytes, session: bytes) -> None:
         """A client whose requests are to be told to this session."""
@@ -77,37 +79,45 @@ class FlightRecorder:
         self.renew()
 
     def renew(self) -> None:
-        """Requests may have another client or handle than before, and their `record` is empty."""
-        self._noted = []
+        """Requests may have another client or handle than before."""
+        self._is_stale = True
 
-    def note(self, requests: list[Request]) -> None:
-        """These take part in the step that begins now. The list must not be changed later."""
-        if requests == self._noted:  # of the same objects: a fifth of a microsecond for 256
+    def note(self, plan: StepPlan) -> None:
+        """The requests of this plan take part in the step that begins now."""
+        slots = self._slots
+        if self._memory is None or not (plan.requests or slots):
             return
-        self._noted = requests
-        if self._memory is None:
+        for key in plan.released:
+            if (slot := slots.pop(key, None)) is not None:
+                self._memory[slot : slot + SLOT_BYTES] = _EMPTY
+                self._free.append(slot)
+        if plan.admitted is None or self._is_stale:
+            self._rewrite(plan.requests)
             return
-        # Requests carry their entries: to look them up would cost as much as all the rest.
-        content = b"".join([request.record for request in requests])
-        if len(content) < len(requests) * _ENTRY.size:
-            content = self._encode(requests)
-        header = _HEADER.pack(MAGIC, crc32(content), len(requests))
-        self._memory[: len(header) + len(content)] = header + content
-        self._is_written = True
+        for request in plan.admitted:
+            if request.key not in slots and self._free:
+                slot = slots[request.key] = self._free.pop()
+                self._memory[slot : slot + SLOT_BYTES] = self._encode(request)
+        if len(slots) != len(plan.requests):  # some pause, or did and go on
+            self._rewrite(plan.requests)
 
-    def _encode(self, requests: list[Request]) -> bytes:
-        for request in requests:
-            if not request.record:
-                digest = self._digests.get(request.client, _NOBODY)
-                request.record = _ENTRY.pack(digest, request.handle)
-        return b"".join([request.record for request in requests])
+    def _rewrite(self, requests: list[Request]) -> None:
+        assert self._memory is not None and len(requests) <= self._num_slots
+        places = range(len(MAGIC), len(self._memory), SLOT_BYTES)
+        self._slots = {r.key: place for r, place in zip(requests, places, strict=False)}
+        self._free = list(places[len(requests) :])
+        entries = b"".join(map(self._encode, requests))
+        self._memory[:] = (MAGIC + entries).ljust(len(self._memory), b"\0")
+        self._is_stale = False
+
+    def _encode(self, request: Request) -> bytes:
+        entry = _ENTRY.pack(self._digests.get(request.client, _NOBODY), request.handle)
+        return entry + _CHECKSUM.pack(crc32(entry))
 
     def clear(self) -> None:
         """No step is running, and none is about to."""
-        if self._is_written and self._memory is not None:
-            self._memory[: _HEADER.size] = _HEADER.pack(MAGIC, 0, 0)
-            self._is_written = False
-            self.renew()
+        if self._slots:
+            self._rewrite([])
 
 
 def _open(path: Path, size: int) -> mmap.mmap | None:
@@ -117,7 +127,8 @@ def _open(path: Path, size: int) -> mmap.mmap | None:
             _check_file(file)
             # Where there is no room for it, writing to the mapping would end this process.
             os.posix_fallocate(file, 0, size)
-            return mmap.mmap(file, size)
+            # All of it: one that was made for more requests has more slots to clear.
+            return mmap.mmap(file, min(os.fstat(file).st_size, MAX_FILE_BYTES))
         finally:
             os.close(file)
     except (OSError, ValueError) as error:
@@ -135,10 +146,9 @@ class RecordedRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `ModelRunner`."""
-        if plan.requests:
-            self._recorder.note(plan.requests)
-            if fail_points.ENABLED:
-                fail_points.reach("runner.execute", plan.requests)
+        self._recorder.note(plan)
+        if fail_points.ENABLED and plan.requests:
+            fail_points.reach("runner.execute", plan.requests)
         return self._runner.execute(plan)
 
 
@@ -152,7 +162,7 @@ def read_suspects(path: Path | None) -> Suspects:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return {}
-    with suppress(OSError, ValueError, struct.error), os.fdopen(file, "rb") as record:
+    with suppress(OSError, ValueError), os.fdopen(file, "rb") as record:
         _check_file(file)
         return _parse(record.read(MAX_FILE_BYTES))
     return {}
@@ -166,16 +176,18 @@ def _check_file(file: int) -> None:
 
 
 def _parse(content: bytes) -> Suspects:
-    magic, checksum, count = _HEADER.unpack_from(content)
-    entries = content[_HEADER.size : _HEADER.size + count * _ENTRY.size]
-    if magic != MAGIC or len(entries) != count * _ENTRY.size or crc32(entries) != checksum:
-        return {}
     suspects: dict[bytes, list[int]] = {}
-    for digest, handle in _ENTRY.iter_unpack(entries):
-        suspects.setdefault(digest, []).append(handle)
+    if not content.startswith(MAGIC):
+        return suspects
+    for start in range(len(MAGIC), len(content) - SLOT_BYTES + 1, SLOT_BYTES):
+        entry = content[start : start + _ENTRY.size]
+        (checksum,) = _CHECKSUM.unpack_from(content, start + _ENTRY.size)
+        digest, handle = _ENTRY.unpack(entry)
+        if crc32(entry) == checksum:
+            suspects.setdefault(digest, []).append(handle)
     return suspects
 
 
 def suspects_of(session: bytes, suspects: Suspects) -> list[int]:
-    """The handles that are a session's own."""
-    return list(suspects.get(digest_session(session), ())) if session and suspects else []
+    """The handles that are a session's own, ascending."""
+    return sorted(suspects.get(digest_session(session), ())) if session and suspects else []

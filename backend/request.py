@@ -94,8 +94,6 @@ class Request:
         short_at: how many tokens it had when others had to make room for its next one; -1 when that
             never happened.
         account: what its client's key has in the core; None where that has no limit.
-        record: how the flight recorder, which writes this field, writes the request down. Whoever
-            changes `client` or `handle` empties it.
     """
 
     key: int
@@ -126,7 +124,6 @@ class Request:
     short_at: int = -1
     is_unread: bool = False
     account: Account | None = None
-    record: bytes = b""
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

@@ -75,6 +75,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._rereading: list[Request] = []  # of the current plan, whose prompt is computed anew
         self._released: list[int] = []
+        self._admitted: list[Request] = []
         self.backlog = Backlog()
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens
@@ -236,6 +237,7 @@ class Scheduler:
                 self._lift_cap(plan)
         # Last, so that it covers who was preempted just now, even if readmitted at once.
         plan.released, self._released = self._released, []
+        plan.admitted, self._admitted = self._admitted, []
         return plan
 
     def _plan_running(self, plan: StepPlan, budget: int) -> int:
@@ -386,6 +388,7 @@ class Scheduler:
         if request.num_cached_tokens < 0:
             self._admit_first(request, now)
         request.advance(Event.ADMIT)
+        self._admitted.append(request)
         insort(self._running, request, key=self._waiting.rank)
         if request.runs_alone:
             self._alone = request

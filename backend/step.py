@@ -22,12 +22,14 @@ class StepPlan:
         released: keys of requests that lost their blocks (finished or preempted) since the
             plan before. A runner drops what it holds for them before it looks at `requests`: a
             preempted request may stand in both.
+        admitted: who was given blocks since the plan before; None is unknown.
     """
 
     requests: list[Request] = field(default_factory=list)
     num_new_tokens: list[int] = field(default_factory=list)
     sampling: list[int] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
+    admitted: list[Request] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -849,9 +849,22 @@ def test_a_finished_key_is_released_once_with_the_next_plan() -> None:
     bench.add(4, max_tokens=1)
     assert bench.step().released == []
     assert bench.scheduler.has_work
-    assert bench.step() == StepPlan(released=[1])
+    assert bench.step() == StepPlan(released=[1], admitted=[])
     assert not bench.scheduler.has_work
-    assert bench.step() == StepPlan()
+    assert bench.step() == StepPlan(admitted=[])
+
+
+def test_who_is_given_blocks_is_told_with_the_plan_in_which_that_happens() -> None:
+    bench = Bench(num_blocks=4)
+    first = bench.add(4)
+    assert bench.step().admitted == [first]
+    second = bench.add(7)
+    assert bench.step().admitted == [second]
+    plans = bench.steps(5)
+    assert {plan.admitted == [] for plan in plans} == {True}
+    assert second.state is State.PREEMPTED
+    bench.abort(first)
+    assert bench.step().admitted == [second]
 
 
 def test_an_aborted_key_is_released_once() -> None:
