@@ -266,7 +266,7 @@ def run_busy_loop(
                     if answer := core.handle(client, event):
                         voice.tell(client, answer)
         core.step()
-        for client, reply in core.take_replies():
+        for client, reply in core.take_replies(outbox.has_backlog):
             voice.tell(client, reply)
         to_send = core.take_outputs()
         if fail_points.ENABLED and to_send:

@@ -485,14 +485,24 @@ class EngineCore:
         self._leases.on_start(request.client, started)
         return started
 
-    def take_replies(self) -> list[tuple[ClientId, Attached | ControlReply]]:
+    def take_replies(
+        self, has_backlog: bool = False
+    ) -> list[tuple[ClientId, Attached | ControlReply]]:
         """What is to be told before the outputs, in order; each reply is handed out once.
 
-        Whoever waits for the last request's end is told when that is no news any more.
+        Whoever waits for the last request's end is told when that is no news any more: the engine
+        may be ended then.
+
+        Args:
+            has_backlog: whether clients have still to take what they were told.
         """
-        if self._draining.is_awaited and not self._num_live and not self._delivery:
+        draining = self._draining
+        is_empty = not self._num_live and not self._delivery
+        if draining.is_awaited and is_empty and has_backlog:
+            is_empty = draining.deadline <= self._clock()  # who does not read is not waited for
+        if draining.is_awaited and is_empty:
             self._replies += [
-                (client, ControlReply(call, True)) for client, call in self._draining.take_calls()
+                (client, ControlReply(call, True)) for client, call in draining.take_calls()
             ]
         replies, self._replies = self._replies, []
         return replies

@@ -128,8 +128,8 @@ async def soak(options: argparse.Namespace) -> bool:
     client, core = slopes(samples)
     damage = load.damage
     print(
-        f"model {options.model}, {options.minutes:g} minutes, {options.streams} streams half of the "
-        f"time, seed {options.seed}: {load.num_streams} streams, {load.num_tokens} tokens, "
+        f"model {options.model}, {options.minutes:g} minutes, {options.streams} streams half of "
+        f"the time, seed {options.seed}: {load.num_streams} streams, {load.num_tokens} tokens, "
         f"{num_faults} faults, {len(restarts.records)} restarts\n"
         f"lost {damage.lost}, doubled {damage.doubled}, changed {damage.changed}, "
         f"failed {len(load.failures)}\n"

@@ -46,6 +46,17 @@ def test_an_idle_engine_is_drained_at_once(driver: FlowDriver) -> None:
     assert driver.core.seconds_to_deadline is None, "there is nothing to wait for"
 
 
+def test_what_clients_have_still_to_take_is_waited_for_until_the_deadline(
+    driver: FlowDriver,
+) -> None:
+    driver.drain(ALICE, 1, timeout_s=5.0)
+    assert driver.core.take_replies(has_backlog=True) == []
+    driver.now += 5.0
+    assert driver.core.take_replies(has_backlog=True) == [(ALICE, ControlReply(1, True))]
+    driver.drain(ALICE, 2)
+    assert driver.core.take_replies(has_backlog=False) == [(ALICE, ControlReply(2, True))]
+
+
 def test_every_clients_new_requests_are_refused_and_replays_are_not(driver: FlowDriver) -> None:
     driver.add(ALICE, 1, [1])
     driver.drain(ALICE, 1)
