@@ -51,7 +51,7 @@ def test_what_clients_have_still_to_take_is_waited_for_until_the_deadline(
 ) -> None:
     driver.drain(ALICE, 1, timeout_s=5.0)
     assert driver.core.take_replies(has_backlog=True) == []
-    driver.now += 5.0
+    driver.clock.now += 5.0
     assert driver.core.take_replies(has_backlog=True) == [(ALICE, ControlReply(1, True))]
     driver.drain(ALICE, 2)
     assert driver.core.take_replies(has_backlog=False) == [(ALICE, ControlReply(2, True))]
