@@ -24,6 +24,7 @@ from chaos_load import Load, make_templates
 from footplate.frontend import AsyncLLMEngine, EngineArgs
 
 FAULTS = ("core", "stop", "garbage")
+NUM_BLOCKS = 4096
 SAMPLE_S = 5.0
 REPORT_S = 60.0
 # Of each core, and of the client: until every kind of request has come, memory is bound to grow.
@@ -103,7 +104,8 @@ async def soak(options: argparse.Namespace) -> bool:
     dice = Random(options.seed)
     faults = [make_fault(name, dice) for name in FAULTS]
     restarts = Restarts(Kill(dice))
-    args = engine_args(options)
+    # Few blocks: their prefix cache is full within a minute, and does not look like a leak.
+    args = {**engine_args(options), "num_gpu_blocks_override": NUM_BLOCKS}
     samples: list[Sample] = []
     num_faults = 0
     engine = AsyncLLMEngine.from_engine_args(
@@ -118,8 +120,11 @@ async def soak(options: argparse.Namespace) -> bool:
         load.begin(engine, options.streams, rest=1.0)
         watching = asyncio.create_task(watch(engine, load, samples))
         until = time.monotonic() + 60 * options.minutes
-        while time.monotonic() < until:
-            await asyncio.sleep(dice.expovariate(1 / options.every))
+        while (left_s := until - time.monotonic()) > 0:
+            pause_s = dice.expovariate(1 / options.every)
+            await asyncio.sleep(min(pause_s, left_s))
+            if pause_s > left_s:
+                break
             await dice.choice(faults).strike(engine, load, restarts)
             await load.all_go_on(600.0)
             num_faults += 1
@@ -147,7 +152,7 @@ def main() -> int:
     )
     parser.add_argument("--model", default="fake", help="fake, demo, or a folder")
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--every", type=float, default=90.0, help="mean seconds between faults")
+    parser.add_argument("--every", type=float, default=60.0, help="mean seconds between faults")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--requests", type=int, default=280, help="different ones")
     parser.add_argument("--log", default=os.devnull, help="a file for what the cores say")
