@@ -133,7 +133,8 @@ class CoreTarget(Target[ClientMessage]):
             self._now += 0.01
             self.core.step()
         self._tell()
-        if self._dice.random() < 0.002:
+        # A core that drains takes nothing more, and there would be nothing to find.
+        if self.core.is_draining or self._dice.random() < 0.002:
             self.check()
 
     def _tell(self) -> None:
@@ -149,7 +150,7 @@ class CoreTarget(Target[ClientMessage]):
         stats = core.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
         assert stats.num_free_blocks == NUM_BLOCKS
-        self._make_core()  # this one may be draining
+        self._make_core()
 
 
 class ClientTarget(Target[CoreMessage]):

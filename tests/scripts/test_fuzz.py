@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from footplate.backend.engine_core import EngineCore
+
 NUM_FRAMES = 8_000
 NUM_SOCKET_FRAMES = 2_500
 
@@ -55,12 +57,12 @@ async def test_a_target_that_raises_or_keeps_something_is_found(
 ) -> None:
     target = make_target(load_script, "CoreTarget", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(target.core, "leave", lambda client: None)
+        patch.setattr(EngineCore, "leave", lambda core, client: None)
         with pytest.raises(AssertionError):
             for _ in range(NUM_FRAMES):
                 target.take_next()
             target.check()
-    monkeypatch.setattr(target.core, "handle", lambda client, message: [][0])
+    monkeypatch.setattr(EngineCore, "handle", lambda core, client, message: [][0])
     with pytest.raises(IndexError):
         for _ in range(NUM_FRAMES):
             target.take_next()
