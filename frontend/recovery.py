@@ -40,7 +40,8 @@ class Recovery:
         # A core that is the same still tells of the end of the one before it.
         if welcome.epoch != self._epoch:
             self._epoch = welcome.epoch
-            self._judge(welcome, cause)
+            if welcome.has_crashed:
+                self._judge(welcome, cause)
         self._client.note_weights(welcome.weights_version)
         messages = self._client.replay(now)
         self.num_replayed += len(messages)
@@ -52,12 +53,11 @@ class Recovery:
     def _judge(self, welcome: Welcome, cause: str) -> None:
         client = self._client
         suspects = [handle for handle in welcome.suspects if client.is_live(handle)]
-        culprits, _ = self._quarantine.judge(
+        is_one_request = len({client.request_id(handle) for handle in suspects}) == 1
+        culprits = self._quarantine.judge(
             suspects,
             client.num_tokens,
-            was_alone=len(suspects) == welcome.num_suspects
-            and len({client.request_id(handle) for handle in suspects}) == 1,
-            has_crashed=welcome.has_crashed,
+            was_alone=is_one_request and len(suspects) == welcome.num_suspects,
         )
         for handle in culprits:
             if client.is_live(handle):  # a sibling may have ended the whole request

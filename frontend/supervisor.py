@@ -18,6 +18,7 @@ import msgspec
 
 from footplate.frontend.core_process import CoreProcess
 from footplate.frontend.engine_args import EngineArgs
+from footplate.frontend.oom_kills import count_oom_kills
 from footplate.frontend.restart_budget import RestartBudget
 from footplate.frontend.shared_memory import SharedMemory
 from footplate.protocol.config import CoreConfig
@@ -26,7 +27,7 @@ from footplate.protocol.links import make_private_dir
 
 logger = logging.getLogger(__name__)
 
-# How a process ends that others have ended: by hand, or by a system that ran out of memory.
+# How a process ends that others have ended.
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -62,6 +63,7 @@ class Supervisor:
         self._spare: CoreProcess | None = None
         self._spare_listener = _Listener()
         self._killed_for: str | None = None
+        self._num_oom_kills = 0  # of the system, when the core was started
         self._folder: weakref.finalize[..., Supervisor] | None = None
 
     @property
@@ -93,6 +95,7 @@ class Supervisor:
     def _launch(self, *, has_crashed: bool) -> None:
         assert self._config is not None
         self._killed_for = None
+        self._num_oom_kills = count_oom_kills()
         config = msgspec.structs.replace(self._config, has_crashed=has_crashed)
         spare, self._spare = self._spare, None
         if spare is not None:
@@ -139,11 +142,13 @@ class Supervisor:
         self._launch(has_crashed=has_crashed)
 
     def _has_crashed(self) -> bool:
-        """Whether the core ended by itself; a hung one was ended by us, and not for nothing."""
+        """Whether the core ended by itself. A hung one was ended by us, and not for nothing; and
+        one may have asked for more memory than there is."""
         assert self._process is not None
         status = self._process.exit_status
         was_ended = status is not None and -status in _OUTSIDE
-        return self._killed_for is not None or not was_ended
+        ran_out = status == -signal.SIGKILL and count_oom_kills() > self._num_oom_kills
+        return self._killed_for is not None or ran_out or not was_ended
 
     def explain(self, error: EngineStartError) -> str:
         """Why the core has ended, given what its process tells."""

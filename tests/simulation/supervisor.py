@@ -111,7 +111,7 @@ class Supervisor:
         if verdict is Verdict.STALLED:
             self.happened["stalled"] += 1
         if verdict is Verdict.HUNG:
-            self.kill("hung")
+            self.kill("hung", has_crashed=True)
             return
         link.say(Ping(1), now)
         if not host.is_stopped:

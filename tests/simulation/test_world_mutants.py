@@ -90,19 +90,14 @@ MUTANTS = {
     ),
     # ---- who is to blame
     "nobody is run alone": Mutant(
-        Quarantine, "judge", "has_crashed or num_fatal_steps > 1", "False"
+        Quarantine, "judge", "for h in handles if h not in culprits}", "for h in ()}"
     ),
-    "nobody is to blame": Mutant(
-        Quarantine, "judge", "if record.ran_alone and is_proof", "if False"
-    ),
-    "a new token is no new beginning": Mutant(
-        Quarantine, "judge", "record is None or record.num_tokens != count", "record is None"
-    ),
-    "one blow from outside is proof": Mutant(
-        Quarantine, "judge", "record.num_fatal_steps > 1)", "True)"
+    "nobody is to blame": Mutant(Quarantine, "judge", "if was_alone and self", "if False and self"),
+    "who is killed from outside is a suspect": Mutant(
+        Recovery, "welcome", "if welcome.has_crashed:", "if True:"
     ),
     "suspects are free when their connection is cut": Mutant(
-        Quarantine, "runs_alone", "record.ran_alone", "False"
+        Recovery, "_runs_alone", "self._quarantine.runs_alone(", "(lambda *_: False)("
     ),
     # ---- what a session does
     "one death is judged twice": Mutant(
@@ -171,11 +166,19 @@ MUTANTS = {
 
 # Not noticed in so few worlds, for a reason.
 SURVIVORS = {
+    # Who has a token has others beside it, and is alone in a crash by chance only.
+    # tests/frontend/test_quarantine.py asks for it.
+    "a new token is no new beginning": Mutant(
+        Quarantine,
+        "runs_alone",
+        "self._suspects.get(handle) == num_tokens",
+        "handle in self._suspects",
+    ),
     # Two requests have to be poison, and a third one to be run alone, to have its token, and to
     # lose it in the crash that the second one makes: one world in a thousand. Seen from outside, it
     # is a plain rule, and tests/frontend/test_quarantine.py asks for it.
     "who had others beside it is to blame": Mutant(
-        Quarantine, "judge", "is_proof = was_alone and ", "is_proof = "
+        Quarantine, "judge", "if was_alone and self", "if self"
     ),
 }
 
