@@ -9,7 +9,7 @@ _PLACES = (
     (re.compile(r"\b(?:ipc|tcp|inproc|file)://[^\s'\",;)]+"), "<address>"),
     (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "<address>"),
     # One that stands by itself, or in quotes: "1/2" and "and/or" are none.
-    (re.compile(r"(?<![\w.)\]/])(?:~|\.{1,2})?/[^\s'\":,;()<>]+"), "<path>"),
+    (re.compile(r"(?<![\w.)\]/])(?:~|\.{1,2})?/[^\s'\":,;()]+"), "<path>"),
     (re.compile(r"\b(pid|process)([ =:])\d+\b", re.IGNORECASE), r"\1\2<id>"),
 )
 

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -46,6 +46,7 @@ from footplate.protocol.messages import (
     EngineFailed,
     EngineStopping,
     Message,
+    ModelFacts,
     Pong,
     Progress,
     StepOutputs,
@@ -62,10 +63,6 @@ _WHY_CLOSED = {
     EngineState.STARTING: "the engine is still starting: await start()",
     EngineState.STOPPED: "the engine was shut down",
 }
-
-# What a core must have in common with the one before: to go on exactly, or to go on at all.
-_SAME_ARCHITECTURE = ("architecture", "vocab_size", "eos_token_ids")
-_SAME_MODEL = (*_SAME_ARCHITECTURE, "model", "dtype", "quantization", "num_parameters")
 
 T = TypeVar("T")
 ProgressCallback = Callable[[str, float], None]
@@ -371,7 +368,7 @@ class Session:
                 welcome = await self._attach_again(cause)
             else:
                 welcome = await self._start_another(self._supervisor, cause, has_failed)
-            _require_same(self.welcome, welcome, _SAME_MODEL)
+            _require_same_model(self.welcome.model, welcome.model)
         except EngineError as error:
             self._die(error)
             return
@@ -442,7 +439,7 @@ class Session:
         trial = Session(EngineClient(), Supervisor(args), None, args.start_timeout_s)
         try:
             await trial.start()
-            _require_same(self.welcome, trial.welcome, _SAME_ARCHITECTURE)
+            _require_same_architecture(self.welcome.model, trial.welcome.model)
             if self.state not in (EngineState.SERVING, EngineState.RESTARTING):
                 raise EngineClosedError("the engine ended while its core was being replaced")
             predecessor = self._take_over(trial)
@@ -625,13 +622,27 @@ class Session:
             self._on_progress(progress.phase, progress.fraction)
 
 
-def _require_same(before: Welcome, after: Welcome, names: Sequence[str]) -> None:
-    for name in names:
-        old, new = getattr(before.model, name), getattr(after.model, name)
-        if old != new:
-            raise EngineDeadError(
-                f"the engine core came back with another model: {name} was {old!r}, is {new!r}"
-            )
+def _require_same_architecture(before: ModelFacts, after: ModelFacts) -> None:
+    """What a core must have in common with the one before it, for streams to go on at all."""
+    _require_equal("architecture", before.architecture, after.architecture)
+    _require_equal("vocab_size", before.vocab_size, after.vocab_size)
+    _require_equal("eos_token_ids", before.eos_token_ids, after.eos_token_ids)
+
+
+def _require_same_model(before: ModelFacts, after: ModelFacts) -> None:
+    """What it must have in common for streams to go on exactly."""
+    _require_same_architecture(before, after)
+    _require_equal("model", before.model, after.model)
+    _require_equal("dtype", before.dtype, after.dtype)
+    _require_equal("quantization", before.quantization, after.quantization)
+    _require_equal("num_parameters", before.num_parameters, after.num_parameters)
+
+
+def _require_equal(name: str, before: object, after: object) -> None:
+    if before != after:
+        raise EngineDeadError(
+            f"the engine core came back with another model: {name} was {before!r}, is {after!r}"
+        )
 
 
 def _retrieve_error(task: "asyncio.Task[None]") -> None:

@@ -25,7 +25,11 @@ class Surroundings:
         self.sent.append((client, frame))
         return self.has_room
 
-    def leave(self, client: bytes) -> None:
+    def is_insider(self, client: bytes) -> bool:
+        return True
+
+    def leave(self, client: bytes, *, may_return: bool) -> None:
+        assert may_return, "its session may have another connection"
         self.left.append(client)
 
     def dismiss(self, client: bytes, reason: str) -> None:
