@@ -119,7 +119,13 @@ class StepGuard:
             self._recover(parts, second, second_failure)
 
     def _recover_one(self, parts: "_Parts", index: int, failure: "_Failure") -> None:
-        """A request that has failed alone: a shorter chunk of it may fit."""
+        """A request that has failed alone: a shorter chunk of it may fit. One that was alone from
+        the start has failed only once, which may have been an accident."""
+        if len(parts.plan.requests) == 1 and not failure.is_memory:
+            once_more = self._try(parts, range(index, index + 1))
+            if once_more is None:
+                return
+            failure = once_more
         count = parts.plan.num_new_tokens[index]
         while failure.is_memory and count > 1:
             count = self._most_tokens if failure is _TOO_LARGE else count // 2

@@ -266,7 +266,9 @@ async def fuzz_client_socket(num_frames: int, seed: int) -> str:
     mutator, decode = FrameMutator(FROM_CORE, Random(seed)), core_message_decoder().decode
     async with live_core() as (address, _, engine):
         good = GoodClient(engine)
-        [endpoint] = Path(address.removeprefix("ipc://")).parent.glob("engine.sock." + 11 * "[0-9a-f]")
+        [endpoint] = Path(address.removeprefix("ipc://")).parent.glob(
+            "engine.sock." + 11 * "[0-9a-f]"
+        )
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         push = context.socket(zmq.PUSH)
         push.connect(f"ipc://{endpoint}")

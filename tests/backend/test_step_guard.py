@@ -71,6 +71,16 @@ class ScriptedRunner:
         return next_token(digest_prefix(cached), position, request.params, VOCAB_SIZE - 1)
 
 
+class Accident(ScriptedRunner):
+    """Counts its calls."""
+
+    num_calls = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.num_calls += bool(plan.requests)
+        return super().execute(plan)
+
+
 def has_mark(request: Request) -> bool:
     return MARK in request.token_ids[: request.num_prompt_tokens]
 
@@ -165,6 +175,24 @@ class Counting:
 
 
 # ---- the culprit
+
+
+def test_an_accident_of_one_step_ends_nobody_not_even_who_is_alone() -> None:
+    def fail_at(call: int) -> Check:
+        def check(plan: StepPlan) -> None:
+            if bench.runner.num_calls == call:
+                raise ValueError("an accident")
+
+        return check
+
+    for size in (1, 2, 5):
+        for call in range(1, 13):
+            prompts = {handle: [handle + 1, 2] for handle in range(size)}
+            bench = Bench(Accident(fail_at(call)))
+            for handle, prompt in prompts.items():
+                bench.add(handle, prompt)
+            assert bench.run().tokens == clean_run(prompts)
+            assert bench.core.stats().num_void_steps == 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 64, 100, 256])

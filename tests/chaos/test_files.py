@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,8 @@ from .conftest import PATIENCE_S, Ledger, all_exact, exact, in_time
 EX_CONFIG = 78
 
 
-def start(address: str, ends: list[EngineStartError], **args: str) -> CoreProcess:
-    given = EngineArgs(log_level="ERROR", **{"model": "fake", **args})  # type: ignore[arg-type]
+def start(address: str, ends: list[EngineStartError], **args: Any) -> CoreProcess:
+    given = EngineArgs(log_level="ERROR", **{"model": "fake", **args})
     return CoreProcess(given.core_config(address), ends.append)
 
 
@@ -52,7 +53,8 @@ async def test_a_port_that_is_in_use_is_refused_with_the_name_of_who_has_it(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         ends: list[EngineStartError] = []
-        process = start(f"tcp://127.0.0.1:{server.getsockname()[1]}", ends, model="/nowhere")
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        process = start(address, ends, model="/nowhere", insecure_tcp=True)
         assert await asyncio.to_thread(in_time, lambda: ends)
         process.stop()
     assert isinstance(ends[0], AddressInUseError) and f"process {os.getpid()}" in str(ends[0])
