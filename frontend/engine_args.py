@@ -74,12 +74,12 @@ class EngineArgs:
     long_prefill_token_threshold: int = 0
     """Most tokens of one prompt in a step that others take part in; 0 is no limit."""
 
-    max_num_queued_reqs: int | None = None
+    max_num_queued_reqs: int | None = 65_536
     """Most requests that wait for their first step; further ones are refused with a
-    QueueOverflowError. No limit if not given."""
+    QueueOverflowError. None is no limit."""
 
     max_num_queued_tokens: int | None = None
-    """Most prompt tokens of waiting requests, likewise."""
+    """Most prompt tokens of waiting requests, likewise; no limit if not given."""
 
     max_unread_tokens: int | None = 4096
     """Most tokens of a completion that wait for its reader. Beyond that its request is parked: it

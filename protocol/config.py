@@ -79,7 +79,7 @@ class RequestConfig(msgspec.Struct, frozen=True, kw_only=True):
     logits_processors: tuple[str, ...] = ()
     reasoning_start_str: str | None = None
     reasoning_end_str: str | None = None
-    max_num_queued_reqs: int | None = None
+    max_num_queued_reqs: int | None = 65_536
     max_num_queued_tokens: int | None = None
     max_unread_tokens: int | None = 4096
     lease_s: float = 60.0

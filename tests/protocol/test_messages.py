@@ -15,6 +15,7 @@ from footplate.protocol.codec import (
     client_message_decoder,
     core_message_decoder,
 )
+from footplate.protocol.config import RequestConfig
 from footplate.protocol.errors import MessageTooLargeError
 from footplate.protocol.messages import (
     AbortRequests,
@@ -116,9 +117,9 @@ GOLDEN_CORE: list[tuple[Message, str]] = [
         "000000008bac6d61785f6c6f6770726f627314ad6c6f6770726f62735f6d6f6465ac7261775f6c6f6770"
         "726f6273af73747265616d5f696e74657276616c01b16c6f676974735f70726f636573736f727390b372"
         "6561736f6e696e675f73746172745f737472c0b1726561736f6e696e675f656e645f737472c0b36d6178"
-        "5f6e756d5f7175657565645f72657173c0b56d61785f6e756d5f7175657565645f746f6b656e73c0b16d"
-        "61785f756e726561645f746f6b656e73cd1000a76c656173655f73cb404e000000000000ab6c65617365"
-        "5f6279746573ce0400000090c2a000a561646d696e",
+        "5f6e756d5f7175657565645f72657173ce00010000b56d61785f6e756d5f7175657565645f746f6b656e"
+        "73c0b16d61785f756e726561645f746f6b656e73cd1000a76c656173655f73cb404e000000000000ab6c"
+        "656173655f6279746573ce0400000090c2a000a561646d696e",
     ),
     (
         Progress("loading weights", 0.25),
@@ -229,7 +230,10 @@ GOLDEN_1_1: list[tuple[Message, str]] = [
         "4000000000000000",
     ),
     (
-        Welcome(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
+        Welcome(
+            *(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
+            RequestConfig(max_num_queued_reqs=None),
+        ),
         "98a777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab7061676564"
         "20746f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe00000"
         "0000000088ac6d61785f6c6f6770726f627314ad6c6f6770726f62735f6d6f6465ac7261775f6c6f6770"
