@@ -96,7 +96,10 @@ class EngineClient:
         """
         over: list[int] = []
         completion = self._by_handle.get(attached.handle)
-        if completion is not None and isinstance(stream := completion.stream, AttachingStream):
+        if completion is None:
+            return over  # nobody waits for it any longer
+        stream = completion.stream
+        if isinstance(stream, AttachingStream) and isinstance(stream.sent, AttachRequest):
             try:
                 self.enqueue(stream, stream.attach(attached.request, now))
             except Exception as error:
