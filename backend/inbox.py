@@ -367,7 +367,7 @@ class Inbox:
         yet, is in its way."""
         events: list[InboxEvent] = []
         for client in [c for c, known in self._sessions.items() if session and known == session]:
-            self._answer(client, Refused("dismissed", "its session has another connection"))
+            self._answer(client, Refused("superseded", "its session has another connection"))
             events += self._forget(client)
         return events
 

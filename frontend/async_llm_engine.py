@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Iterable
 from types import TracebackType
 from typing import Self
 
+from footplate.frontend.attaching import AttachingStream, require_detachable
 from footplate.frontend.beam_call import BeamCall
 from footplate.frontend.beam_params import BeamSearchParams
 from footplate.frontend.beam_request import RequestScorer, as_completions, run_beam_search
@@ -23,7 +24,7 @@ from footplate.frontend.session import ProgressCallback, RestartCallback, Sessio
 from footplate.frontend.stream import RequestStream
 from footplate.frontend.supervisor import Supervisor
 from footplate.frontend.text import Tokenizer
-from footplate.protocol.bounds import require_number
+from footplate.protocol.bounds import MAX_INT, require_bool, require_int, require_number
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineError,
@@ -31,7 +32,7 @@ from footplate.protocol.errors import (
     InvalidParameterError,
     InvalidRequestError,
 )
-from footplate.protocol.links import default_address
+from footplate.protocol.links import default_address, session_of
 from footplate.protocol.messages import (
     GetStats,
     Limits,
@@ -71,6 +72,7 @@ class AsyncLLMEngine:
         address: str | None = None,
         key_file: str | None = None,
         insecure_tcp: bool = False,
+        client_key: str | None = None,
         tokenizer: str | None = None,
         start_timeout_s: float | None = None,
         on_progress: ProgressCallback | None = None,
@@ -79,6 +81,12 @@ class AsyncLLMEngine:
         """See `from_engine_args` and `connect`, which say what goes together."""
         args = engine_args or EngineArgs()
         keys = None if address is None else keys_to_connect(address, key_file, insecure_tcp)
+        if client_key is not None and address is None:
+            raise InvalidRequestError(
+                "client_key is for engines at an address: one with a core of its own dies with its "
+                "process, and nothing outlives it"
+            )
+        self._has_client_key = client_key is not None
         self._client = EngineClient()
         self._session = Session(
             self._client,
@@ -87,6 +95,7 @@ class AsyncLLMEngine:
             args.start_timeout_s if start_timeout_s is None else start_timeout_s,
             keys=keys,
             patience=args.patience,
+            name=None if client_key is None else session_of(client_key),
             on_progress=on_progress,
             on_restart=on_restart,
         )
@@ -117,6 +126,7 @@ class AsyncLLMEngine:
         *,
         key_file: str | None = None,
         insecure_tcp: bool = False,
+        client_key: str | None = None,
         tokenizer: str | None = None,
         timeout_s: float = CONNECT_TIMEOUT_S,
         on_restart: RestartCallback | None = None,
@@ -128,18 +138,24 @@ class AsyncLLMEngine:
         Args:
             key_file: for a tcp address: the keys that the engine's owner has made for this client.
             insecure_tcp: for a loopback tcp address: do without; the engine may be anybody's.
+            client_key: a secret of 16 to 256 characters that the application keeps, to be known by
+                when it comes back (see `attach`): whoever knows it can take over the requests, so
+                make it with `secrets.token_hex()`. One engine object has it at a time; when another
+                connects with it, this one ends with EngineDeadError.
             tokenizer: folder of the tokenizer, if the engine's own cannot be read from here.
             timeout_s: for the engine to answer, now and when its core is replaced.
             on_restart: called when streams go on in another core.
 
         Raises:
-            InvalidParameterError: address and keys do not go together.
+            InvalidParameterError: address and keys do not go together, or `client_key` is too
+                short or too long.
             KeyFileError: the file cannot be used.
         """
         return cls(
             address=address or default_address(),
             key_file=key_file,
             insecure_tcp=insecure_tcp,
+            client_key=client_key,
             tokenizer=tokenizer,
             start_timeout_s=timeout_s,
             on_restart=on_restart,
@@ -156,10 +172,23 @@ class AsyncLLMEngine:
         """
         await self._session.start()
 
-    def shutdown(self) -> None:
+    def shutdown(self, detach: bool = False) -> None:
         """End all streams with `EngineClosedError`, and the core, if it is this engine's own.
-        May be called in any state, more than once, and without a running loop."""
-        self._session.stop()
+        May be called in any state, more than once, and without a running loop.
+
+        Args:
+            detach: let detachable requests go on in the core, to be attached to later; all others
+                are aborted.
+
+        Raises:
+            InvalidRequestError: `detach` without a client key. Nothing was done.
+        """
+        if detach and not self._has_client_key:
+            raise InvalidRequestError(
+                "detach=True needs an engine that was connected with a client_key: nothing could "
+                "be attached to again"
+            )
+        self._session.stop(may_return=detach)
         self._preparation.close()
 
     async def __aenter__(self) -> Self:
@@ -289,6 +318,7 @@ class AsyncLLMEngine:
         arrival_time: float | None = None,
         ttft_deadline_s: float | None = None,
         deadline_s: float | None = None,
+        detachable: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the output of one request as it grows.
 
@@ -303,6 +333,10 @@ class AsyncLLMEngine:
             ttft_deadline_s: most seconds from arrival to the first token; then the request ends
                 with finish reason `deadline`.
             deadline_s: most seconds from arrival to the last token, likewise.
+            detachable: when this process dies, or its connection, the request goes on, for
+                `EngineArgs.lease_s` seconds and within `lease_bytes`, and can be taken up with
+                `attach`. It needs a client key and a `request_id`, and has n=1 and no logprobs.
+                Closing its stream ends it as any other.
 
         Raises:
             InvalidRequestError: the request was refused; nothing has been sent.
@@ -319,6 +353,7 @@ class AsyncLLMEngine:
             arrival_time=arrival_time,
             ttft_deadline_s=ttft_deadline_s,
             deadline_s=deadline_s,
+            detachable=detachable,
         )
         try:
             async for output in stream:
@@ -337,6 +372,7 @@ class AsyncLLMEngine:
         arrival_time: float | None = None,
         ttft_deadline_s: float | None = None,
         deadline_s: float | None = None,
+        detachable: bool = False,
     ) -> RequestStream:
         """Start one request and return its stream, which the caller iterates to its end or closes:
         a stream that is only dropped runs on. For arguments and errors see `generate`."""
@@ -345,6 +381,9 @@ class AsyncLLMEngine:
         params = SamplingParams() if params is None else params
         schedule = RequestSchedule(priority, arrival_time, ttft_deadline_s, deadline_s)
         self._check_arguments(request_id, params, schedule)
+        require_bool("detachable", detachable)
+        if detachable:
+            require_detachable(request_id, params, has_client_key=self._has_client_key)
         requests = self._session.welcome.requests
         self._client.waiting.require_room(requests, params.n)
         stream = RequestStream(
@@ -361,7 +400,9 @@ class AsyncLLMEngine:
         # Opened before the prompt is encoded: from here on the id is taken, and can be aborted.
         self._client.open(stream)
         try:
-            message = await self._preparation.prepare(stream, parse_prompt(prompt), schedule)
+            message = await self._preparation.prepare(
+                stream, parse_prompt(prompt), schedule, is_detachable=detachable
+            )
             if not stream.is_finished:
                 # Asked again: others have come while the prompt was encoded.
                 num_tokens = len(stream.prompt_token_ids)
@@ -375,6 +416,63 @@ class AsyncLLMEngine:
             await self._session.has_room()
         except BaseException:
             stream.close()
+            raise
+        return stream
+
+    async def attach(
+        self,
+        request_id: str,
+        sampling_params: SamplingParams | None = None,
+        *,
+        from_position: int = 0,
+    ) -> RequestStream:
+        """Go on with a detachable request that an engine object with the same client key has sent,
+        in this process or another that is gone. It is a request like any other from here on.
+
+        It runs, or ended within the lease time. `RequestOutput.prompt` is None: token ids are what
+        is kept.
+
+        Args:
+            sampling_params: text and outputs are made as these say: `stop`, `output_kind`,
+                `detokenize` and what else the client sees to. Give those that the request was sent
+                with. What concerns tokens is as it was, whatever stands here.
+            from_position: how many output tokens the application has. With `DELTA` the first output
+                begins behind them, with their text and a character or stop string that was cut
+                there; `CUMULATIVE` and `FINAL_ONLY` show all. If there are fewer yet, the stream
+                waits until there are more.
+
+        Raises:
+            RequestLostError: nothing of this id is kept.
+            DuplicateRequestError: it is live in this object.
+            InvalidRequestError: there is no client key, or an argument makes no sense.
+            EngineError: the engine could not start, has died or was shut down.
+        """
+        await self._session.ensure_started()
+        params = SamplingParams() if sampling_params is None else sampling_params
+        require_sampling_params(params)
+        require_detachable(request_id, params, has_client_key=self._has_client_key)
+        require_int("from_position", from_position, 0, MAX_INT)
+        make_text = await self._preparation.text_maker(params)
+        requests = self._session.welcome.requests
+        stream = AttachingStream(
+            request_id,
+            self._client.new_handles(1),
+            params,
+            make_text,
+            from_position,
+            RequestSchedule().metrics(),
+            self._abandon,
+            requests.stream_interval,
+            requests.max_unread_tokens,
+            self._client.notices,
+        )
+        self._client.open(stream)
+        try:
+            self._session.send(self._client.ask_for(stream))
+            await stream.until_attached()
+        except BaseException:
+            # It is not aborted: who gives up waiting may ask again.
+            self._client.discard(stream)
             raise
         return stream
 

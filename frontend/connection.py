@@ -196,8 +196,12 @@ class Connection:
         else:
             self._refusal = error  # it has been welcomed, and has not had its turn since
 
-    def close(self) -> None:
-        """Take leave and close the sockets. May be called more than once."""
+    def close(self, *, may_return: bool = False) -> None:
+        """Take leave and close the sockets. May be called more than once.
+
+        Args:
+            may_return: say no Goodbye, so that the core keeps what outlives a connection.
+        """
         if not self._finalizer.alive:
             return
         for socket in (self._dealer, self._pull, self._monitor):
@@ -205,8 +209,9 @@ class Connection:
                 self._loop.remove_reader(cast(int, socket.get(zmq.FD)))
         if not self._lost:
             with suppress(zmq.ZMQError):
-                self._dealer.set(zmq.LINGER, 100)  # ms; Goodbye may still be on its way
-                self._dealer.send(self._encode(Goodbye()), zmq.NOBLOCK)
+                self._dealer.set(zmq.LINGER, 100)  # ms; what was said last may still be on its way
+                if not may_return:
+                    self._dealer.send(self._encode(Goodbye()), zmq.NOBLOCK)
         self._gathered.clear()
         self._unsent.clear()
         self._tell_room()
@@ -294,6 +299,8 @@ class Connection:
                 case Progress():
                     self._on_progress(message)
                 case Pong():
+                    self._on_messages([message])
+                case Refused(kind="superseded") if self._welcome.done():
                     self._on_messages([message])
                 case Welcome() if not self._welcome.done():
                     self._welcome.set_result(message)

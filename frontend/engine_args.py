@@ -1,10 +1,11 @@
 """`EngineArgs`: everything an engine is started with, flat, under vLLM's names."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from footplate.frontend.watchdog import Patience
-from footplate.protocol.bounds import MAX_INT, require_int
+from footplate.protocol.bounds import MAX_INT, require_int, require_number
 from footplate.protocol.config import (
     CacheConfig,
     CoreConfig,
@@ -89,6 +90,14 @@ class EngineArgs:
     max_unread_bytes: int = 64 * 2**20
     """Most bytes that wait in the engine core for a client that does not read; beyond that it is
     dismissed, and its requests are aborted."""
+
+    lease_s: float = 60.0
+    """How long a detachable request, running or ended, is kept for a client that is not there, in
+    seconds."""
+
+    lease_bytes: int = 64 * 2**20
+    """Most bytes of detachable requests and their tokens that are kept for one client that is not
+    there; beyond that those that ended first are forgotten."""
 
     max_logprobs: int = 20
     """Most `logprobs` and `prompt_logprobs` per token; -1 allows the whole vocabulary."""
@@ -185,6 +194,7 @@ class EngineArgs:
         for name in _SECONDS:
             if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise InvalidParameterError(name, getattr(self, name), "above 0")
+        require_number("lease_s", self.lease_s, 0.0, math.inf, above=True)
         if self.hang_timeout_s <= self.stall_timeout_s:
             raise InvalidParameterError(
                 "hang_timeout_s",
@@ -256,6 +266,8 @@ class EngineArgs:
                 max_num_queued_reqs=self.max_num_queued_reqs,
                 max_num_queued_tokens=self.max_num_queued_tokens,
                 max_unread_tokens=self.max_unread_tokens,
+                lease_s=float(self.lease_s),
+                lease_bytes=self.lease_bytes,
             ),
             log_level=self.log_level,
             weights_version=self.weights_version or self.model,
@@ -280,6 +292,7 @@ _POSITIVE = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_unread_bytes",
+    "lease_bytes",
     "stream_interval",
 )
 _SECONDS = ("start_timeout_s", "restart_window_s", "stall_timeout_s", "hang_timeout_s")

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 
 from footplate.frontend.admission import WaitingRequests
+from footplate.frontend.attaching import AttachingStream
 from footplate.frontend.completion import Completion
 from footplate.frontend.notices import Notices
 from footplate.frontend.outputs import WeightsVersions
@@ -15,10 +16,13 @@ from footplate.protocol.errors import (
     FootplateError,
     QueueOverflowError,
     RequestFailedError,
+    RequestLostError,
 )
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
+    Attached,
+    AttachRequest,
     ErrorKind,
     Finished,
     FinishReason,
@@ -28,6 +32,11 @@ from footplate.protocol.messages import (
 )
 
 logger = logging.getLogger(__name__)
+
+NOTHING_KEPT = (
+    "nothing of this id is kept: it was not sent with this client key, it was aborted or ended by "
+    "a stop string, its lease has expired, or the engine core was replaced meanwhile"
+)
 
 
 class EngineClient:
@@ -74,6 +83,29 @@ class EngineClient:
             completion.weights_versions = self._weights_versions
             self._by_handle[completion.handle] = completion
 
+    def ask_for(self, stream: AttachingStream) -> AttachRequest:
+        """The question for a request that the core has already; its stream is open."""
+        stream.sent = AttachRequest(stream.handle, stream.request_id)
+        return stream.sent
+
+    def attach(self, attached: Attached, now: float) -> list[int]:
+        """The core has what was asked for. From here on it is a request like any other.
+
+        Returns:
+            See `handle`.
+        """
+        over: list[int] = []
+        completion = self._by_handle.get(attached.handle)
+        if completion is None:
+            return over  # nobody waits for it any longer
+        stream = completion.stream
+        if isinstance(stream, AttachingStream) and isinstance(stream.sent, AttachRequest):
+            try:
+                self.enqueue(stream, stream.attach(attached.request, now))
+            except Exception as error:
+                self._on_unusable(completion, error, over)
+        return over
+
     def note_weights(self, version: str) -> None:
         """All tokens to come are made by weights of this name."""
         self._weights_versions = ((0, version),)
@@ -88,7 +120,7 @@ class EngineClient:
         for completion in stream.completions:
             completion.is_waiting = True
 
-    def replay(self, now: float) -> list[AddRequest]:
+    def replay(self, now: float) -> list[AddRequest | AttachRequest]:
         """What to send to another core, so that every live request goes on in it.
 
         Those that nobody reads are parked there as well: it is noted, to be taken when all this has
@@ -249,6 +281,8 @@ class EngineClient:
             return QueueOverflowError(finished.message, self.waiting.estimate_retry_s())
         if finished.kind is ErrorKind.DRAINING:
             return EngineDrainingError(finished.message)
+        if finished.kind is ErrorKind.LOST:
+            return RequestLostError(f"request {stream.request_id!r}: {NOTHING_KEPT}")
         return RequestFailedError(f"request {stream.request_id!r}: {finished.message}")
 
     def abort(self, request_ids: Iterable[str]) -> AbortRequests | None:

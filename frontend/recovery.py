@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from footplate.frontend.engine_client import EngineClient
 from footplate.frontend.quarantine import Quarantine
 from footplate.protocol.errors import RequestFailedError
-from footplate.protocol.messages import AddRequest, StepOutputs, Welcome
+from footplate.protocol.messages import AddRequest, AttachRequest, StepOutputs, Welcome
 
 BLAME = "engine cores ended in steps in which it took part alone, so it is not run again"
 
@@ -30,7 +30,9 @@ class Recovery:
         """Whether they are of the core that the client listens to."""
         return outputs.epoch == self._epoch
 
-    def welcome(self, welcome: Welcome, now: float, cause: str = "") -> list[AddRequest]:
+    def welcome(
+        self, welcome: Welcome, now: float, cause: str = ""
+    ) -> list[AddRequest | AttachRequest]:
         """A core is ready; what to tell it, so that everything goes on.
 
         Args:
@@ -46,7 +48,9 @@ class Recovery:
         messages = self._client.replay(now)
         self.num_replayed += len(messages)
         return [
-            replace(message, run_alone=True) if self._runs_alone(message) else message
+            replace(message, run_alone=True)
+            if isinstance(message, AddRequest) and self._runs_alone(message)
+            else message
             for message in messages
         ]
 

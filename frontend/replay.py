@@ -5,11 +5,11 @@ from msgspec.structs import replace
 from footplate.frontend.completion import Completion
 from footplate.frontend.stream import RequestStream
 from footplate.protocol.bounds import MAX_SEED
-from footplate.protocol.messages import AddRequest
+from footplate.protocol.messages import AddRequest, AttachRequest
 from footplate.protocol.token_params import TokenParams
 
 
-def continuation(stream: RequestStream, now: float) -> list[AddRequest]:
+def continuation(stream: RequestStream, now: float) -> list[AddRequest | AttachRequest]:
     """What to send, so that every completion of this stream that has not ended goes on.
 
     Nothing but the request and its tokens so far decides what comes next, so it goes on exactly.
@@ -22,6 +22,8 @@ def continuation(stream: RequestStream, now: float) -> list[AddRequest]:
     sent = stream.sent
     if sent is None:
         return []  # its prompt is still being encoded
+    if isinstance(sent, AttachRequest):
+        return [sent]  # it has not been answered; another core will say that it knows nothing
     age_s = max(0.0, now - stream.metrics.arrival)
     live = [completion for completion in stream.completions if not completion.is_finished]
     if len(live) == sent.n and not any(_has_begun(c, sent) for c in live):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+from footplate.frontend.attaching import MakeText
 from footplate.frontend.output_text import OutputText
 from footplate.frontend.prompts import ParsedPrompt, resolve_max_tokens, tokenize
 from footplate.frontend.request_schedule import RequestSchedule
@@ -64,9 +65,17 @@ class RequestPreparation:
         return self._tokenizer
 
     async def prepare(
-        self, stream: RequestStream, prompt: ParsedPrompt, schedule: RequestSchedule
+        self,
+        stream: RequestStream,
+        prompt: ParsedPrompt,
+        schedule: RequestSchedule,
+        *,
+        is_detachable: bool = False,
     ) -> AddRequest:
         """Encode and check a request; the stream is told what has become of its prompt.
+
+        Args:
+            is_detachable: the core is to keep it without us, under the stream's request id.
 
         Raises:
             InvalidRequestError: it cannot be served as it stands.
@@ -91,7 +100,7 @@ class RequestPreparation:
             grammar=grammar,
         )
         if tokenizer is not None and params.detokenize:
-            make_text = partial(_make_text, tokenizer, token_ids, params)
+            make_text = partial(_make_text, tokenizer, params, token_ids, params.min_tokens)
             stream.begin(text, token_ids, make_text, tokenizer.text_of_token)
         else:
             stream.begin(text, token_ids, None)
@@ -105,7 +114,15 @@ class RequestPreparation:
             age_s=time.monotonic() - stream.metrics.arrival,
             ttft_deadline_s=_seconds(schedule.ttft_deadline_s),
             deadline_s=_seconds(schedule.deadline_s),
+            request_id=stream.request_id if is_detachable else None,
         )
+
+    async def text_maker(self, params: SamplingParams) -> MakeText | None:
+        """What makes the text of completions of prompts that are not known yet; None if none is
+        wanted. Raises TokenizerError if there is no tokenizer."""
+        if not params.detokenize:
+            return None
+        return partial(_make_text, await self.tokenizer(), params)
 
     async def encode(self, prompt: ParsedPrompt) -> tuple[str | None, list[int]]:
         """Text, if there was any, and token ids."""
@@ -135,7 +152,9 @@ def _seconds(given: float | None) -> float | None:
     return None if given is None else float(given)
 
 
-def _make_text(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParams) -> OutputText:
+def _make_text(
+    tokenizer: Tokenizer, params: SamplingParams, token_ids: list[int], min_tokens: int
+) -> OutputText:
     """The text of one completion, which follows `token_ids`."""
     stops = params.stop_strings
     return OutputText(
@@ -145,5 +164,5 @@ def _make_text(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParam
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         ),
         StopStrings(stops, params.include_stop_str_in_output) if stops else None,
-        params.min_tokens,
+        min_tokens,
     )

@@ -40,6 +40,7 @@ from footplate.protocol.keys import ClientKeys
 from footplate.protocol.links import new_session
 from footplate.protocol.messages import (
     AbortRequests,
+    Attached,
     ControlReply,
     CoreMessage,
     Drain,
@@ -49,6 +50,7 @@ from footplate.protocol.messages import (
     ModelFacts,
     Pong,
     Progress,
+    Refused,
     StepOutputs,
     Welcome,
 )
@@ -88,6 +90,7 @@ class Session:
         keys: ClientKeys | None = None,
         patience: Patience = Patience(),  # noqa: B008 (frozen)
         is_always_watching: bool = False,
+        name: bytes | None = None,
         on_progress: ProgressCallback | None = None,
         on_restart: RestartCallback | None = None,
     ) -> None:
@@ -97,6 +100,7 @@ class Session:
         start_timeout_s: for a core to be ready, the first one and each that takes its place.
         keys: for the link to it, if that is encrypted.
         is_always_watching: also while nobody waits for the core.
+        name: of this client, to be known by in its next process; None makes one up.
         on_restart: told when streams go on in another core.
         """
         self.state = EngineState.NEW
@@ -110,7 +114,7 @@ class Session:
         self._is_always_watching = is_always_watching
         self._on_progress = on_progress
         self._on_restart = on_restart
-        self._name = new_session()
+        self._name = name or new_session()
         self._keys = keys
         self._starting: asyncio.Task[None] | None = None
         self._recovering: asyncio.Task[None] | None = None
@@ -274,8 +278,14 @@ class Session:
 
         return on_exit
 
-    def stop(self) -> None:
-        """End it, from any state; streams end with `EngineClosedError`."""
+    def stop(self, *, may_return: bool = False) -> None:
+        """End it, from any state; streams end with `EngineClosedError`.
+
+        Args:
+            may_return: let the core keep what outlives a connection.
+        """
+        if may_return:
+            self._send_notices()  # what was aborted is not to be kept
         self._advance(EngineEvent.STOP)
         error = EngineClosedError("the engine was shut down")
         self._client.fail_all(error)
@@ -283,17 +293,17 @@ class Session:
         if self._recovering is not None:
             self._recovering.cancel()
             self._recovering = None
-        self._release()
+        self._release(may_return=may_return)
         self._starting = None
         self._is_draining = False
         self.dead_error = None
 
-    def _release(self) -> None:
-        self._disconnect()
+    def _release(self, *, may_return: bool = False) -> None:
+        self._disconnect(may_return=may_return)
         if self._supervisor is not None:
             self._supervisor.stop()
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, *, may_return: bool = False) -> None:
         if self._finalizer is not None:
             self._finalizer.detach()
         if self._losing is not None:
@@ -303,7 +313,7 @@ class Session:
             self._watch.stop()
             self._watch = None
         if self._connection is not None:
-            self._connection.close()
+            self._connection.close(may_return=may_return)
             self._connection = None
 
     def _advance(self, event: EngineEvent) -> None:
@@ -599,6 +609,8 @@ class Session:
                             has_failed=True,
                         )
                         return
+                case Attached():
+                    over += self._client.attach(message, now)
                 case Pong():
                     if self._watch is not None:
                         self._watch.hear(message)
@@ -612,6 +624,15 @@ class Session:
                     if self._supervisor is None and self.state is EngineState.SERVING:
                         self._die(EngineDeadError(f"the engine was stopped: {reason}"))
                         return
+                case Refused(kind="superseded"):
+                    # Coming back would take it from the other, which would do the same.
+                    self._die(
+                        EngineDeadError(
+                            "another engine object has connected with the same client key, and "
+                            "has taken this one's place"
+                        )
+                    )
+                    return
                 case _:
                     logger.warning("unexpected %s on the output socket", type(message).__name__)
         if over and self._connection is not None:

@@ -10,7 +10,13 @@ from footplate.frontend.notices import Notices
 from footplate.frontend.output_text import OutputText
 from footplate.frontend.outputs import RequestMetrics, RequestOutput
 from footplate.protocol.errors import FootplateError
-from footplate.protocol.messages import AddRequest, FinishReason, LogprobRows, Started
+from footplate.protocol.messages import (
+    AddRequest,
+    AttachRequest,
+    FinishReason,
+    LogprobRows,
+    Started,
+)
 from footplate.protocol.params import RequestOutputKind, SamplingParams
 
 
@@ -24,8 +30,8 @@ class RequestStream:
         completions: one for each of `n`; the handles are consecutive.
         num_unfinished: completions that have not ended.
         num_queued_tokens: prompt tokens that wait for their first step, as far as is known.
-        sent: its request, once it is on its way to the core: with it and the tokens so far it can
-            be given to another core.
+        sent: what is on its way to the core, or has been taken in: its request, which can be given
+            to another core with the tokens so far, or the question for it (see `attaching`).
     """
 
     __slots__ = (
@@ -81,7 +87,7 @@ class RequestStream:
         self.metrics = metrics
         self.num_cached_tokens: int | None = None
         self.num_queued_tokens = 0
-        self.sent: AddRequest | None = None
+        self.sent: AddRequest | AttachRequest | None = None
         self.prompt_scored: ScoredTokens | None = None
         self._prompt_logprobs: Logprobs | None = None
         self.is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY

@@ -8,6 +8,7 @@
     + MessageTooLargeError
   - QueueOverflowError                 too much is waiting: try again after `retry_after_s`
   - RequestFailedError                 this request ended early; the engine and the others go on
+    + RequestLostError                 nothing of this id is kept: send the request again
   - TokenizerError                     the model folder holds no usable tokenizer
   - EngineError
     + EngineStartError                 the engine never became ready: fix the cause, start again
@@ -86,6 +87,10 @@ class QueueOverflowError(FootplateError):
 
 class RequestFailedError(FootplateError):
     """The engine accepted the request and could not finish it. Other requests are unaffected."""
+
+
+class RequestLostError(RequestFailedError):
+    """There is no such request to attach to, or no longer."""
 
 
 class TokenizerError(FootplateError):

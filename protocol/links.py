@@ -12,8 +12,10 @@ import re
 import secrets
 import stat
 import tempfile
+from hashlib import blake2b
 from pathlib import Path
 
+from footplate.protocol.bounds import MAX_CLIENT_KEY_CHARS, MIN_CLIENT_KEY_CHARS
 from footplate.protocol.errors import EngineStartError, InvalidParameterError
 
 # A Unix socket address holds 108 bytes on Linux and 104 on macOS; a client's path adds the
@@ -34,6 +36,28 @@ def new_client_id() -> bytes:
 def new_session() -> bytes:
     """A name for one client in all of its connections, that nobody else can guess."""
     return secrets.token_bytes(SESSION_BYTES)
+
+
+def session_of(client_key: str) -> bytes:
+    """The name of the client with this key, in whatever process it is. The key cannot be told from
+    it.
+
+    Raises:
+        InvalidParameterError: it is too short to be a secret, or too long. The error does not
+            repeat it.
+    """
+    if not isinstance(client_key, str):
+        found = f"<{type(client_key).__name__}>"
+    elif not MIN_CLIENT_KEY_CHARS <= len(client_key) <= MAX_CLIENT_KEY_CHARS:
+        found = f"<{len(client_key)} characters>"
+    else:
+        key = client_key.encode(errors="surrogatepass")
+        return blake2b(key, digest_size=SESSION_BYTES, person=b"client key").digest()
+    raise InvalidParameterError(
+        "client_key",
+        found,
+        f"a secret string of {MIN_CLIENT_KEY_CHARS} to {MAX_CLIENT_KEY_CHARS} characters",
+    )
 
 
 def ipc_path(address: str) -> Path | None:

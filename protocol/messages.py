@@ -95,7 +95,7 @@ class AddRequest(Message, tag="add", frozen=True):
     """Start a request.
 
     Attributes:
-        handle: chosen by the client, never used twice in one session.
+        handle: chosen by the client, never used twice by one client object.
         priority: lower runs earlier, under the priority policy.
         cache_salt: prefix-cache blocks are shared only between equal salts.
         n: how many requests this is: handles `handle` to `handle` + n - 1, the i-th of them with
@@ -287,8 +287,9 @@ class Refused(Message, tag="refused", frozen=True):
 
     Attributes:
         kind: "protocol" (versions differ), "start" (start-up failed), "address" (another process
-            holds it), "hello" (malformed), "dismissed" (too much was left unread) or "revoked"
-            (the client's key is no longer valid).
+            holds it), "hello" (malformed), "dismissed" (too much was left unread), "superseded"
+            (the session has another connection) or "revoked" (the client's key is no longer
+            valid).
     """
 
     kind: str

@@ -1,6 +1,6 @@
 """What another core is sent, so that a stream goes on in it."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
@@ -44,8 +44,14 @@ def end(client: EngineClient, handle: int) -> None:
 
 def go_on(stream: RequestStream, now: float = ARRIVAL) -> AddRequest:
     """The one message that it takes."""
-    [message] = continuation(stream, now)
+    [message] = requests(stream, now)
     return message
+
+
+def requests(stream: RequestStream, now: float = ARRIVAL) -> list[AddRequest]:
+    messages = continuation(stream, now)
+    assert all(isinstance(message, AddRequest) for message in messages)
+    return cast(list[AddRequest], messages)
 
 
 def test_a_request_that_has_not_begun_is_sent_as_it_was() -> None:
@@ -112,7 +118,7 @@ def test_siblings_go_on_one_by_one_each_with_its_own_seed() -> None:
     client = EngineClient()
     stream = open_stream(client, n=3)
     receive(client, stream.handle + 1, 5)
-    messages = continuation(stream, ARRIVAL)
+    messages = requests(stream)
     assert [m.handle for m in messages] == [1, 2, 3]
     assert [m.n for m in messages] == [1, 1, 1]
     assert [m.params.seed for m in messages] == [7, 8, 9]
@@ -123,15 +129,15 @@ def test_seeds_of_siblings_go_round_at_the_largest() -> None:
     client = EngineClient()
     stream = open_stream(client, n=2, params=replace(PLAIN, seed=MAX_SEED))
     receive(client, stream.handle, 5)
-    assert [m.params.seed for m in continuation(stream, ARRIVAL)] == [MAX_SEED, 0]
+    assert [m.params.seed for m in requests(stream)] == [MAX_SEED, 0]
 
 
 def test_siblings_that_have_ended_are_not_sent_again() -> None:
     client = EngineClient()
     stream = open_stream(client, n=3)
     end(client, stream.handle + 1)  # without a token: its deadline, perhaps
-    assert [m.handle for m in continuation(stream, ARRIVAL)] == [1, 3]
-    assert [m.params.seed for m in continuation(stream, ARRIVAL)] == [7, 9]
+    assert [m.handle for m in requests(stream)] == [1, 3]
+    assert [m.params.seed for m in requests(stream)] == [7, 9]
 
 
 # ---- logprobs of the prompt
@@ -144,7 +150,7 @@ def test_the_prompt_is_not_scored_again_behind_the_first_token_of_any_sibling(be
     stream = open_stream(client, n=2, params=replace(PLAIN, logprobs=wanted))
     assert go_on(stream).params.logprobs == wanted
     receive(client, stream.handle + begun, 5)
-    for message in continuation(stream, ARRIVAL):
+    for message in requests(stream):
         assert message.params.logprobs == LogprobsRequest(num_logprobs=2)
 
 

@@ -1,17 +1,28 @@
 """An application with an engine, to be killed. A program: its argument is what it does."""
 
 import asyncio
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from footplate.frontend import LLM, AsyncLLMEngine, EngineArgs, SamplingParams, supervisor
+from footplate.frontend import (
+    LLM,
+    AsyncLLMEngine,
+    EngineArgs,
+    RequestOutputKind,
+    SamplingParams,
+    supervisor,
+)
 from footplate.protocol.errors import EngineClosedError
 
 forgotten: LLM
 FOREVER = SamplingParams(max_tokens=30_000, detokenize=False)
+CLIENT_KEY = "what only this program knows"
+PROMPT = [20, 21]
+DETACHABLE = SamplingParams(max_tokens=5_000, seed=3, output_kind=RequestOutputKind.DELTA)
 
 
 def say(*words: object) -> None:
@@ -45,6 +56,17 @@ async def attached(address: str) -> None:
     await engine.start()
     say("serving")
     await stream(engine)
+    await asyncio.Event().wait()
+
+
+async def keeping(address: str) -> None:
+    """A request that goes on without us; what has been handed out of it, and then reads no more."""
+    engine = AsyncLLMEngine.connect(address, client_key=CLIENT_KEY)
+    stream = await engine.add_request("mine", PROMPT, DETACHABLE, detachable=True)
+    for _ in range(20):
+        [completion] = (await anext(stream)).outputs
+        say("taken", json.dumps([completion.token_ids, completion.text]))
+    say("waits")
     await asyncio.Event().wait()
 
 
@@ -94,6 +116,8 @@ def main(what: str, where: str) -> None:
     match what:
         case "attached":
             asyncio.run(attached(where))
+        case "keeping":
+            asyncio.run(keeping(where))
         case "forgets":  # an engine that is not shut down at the end of the program
             engine = AsyncLLMEngine(EngineArgs(model="fake"))
             asyncio.run(stream(engine))

@@ -207,7 +207,7 @@ def test_a_session_that_comes_back_before_it_was_missed_takes_the_place_of_its_o
         old_told.until(lambda: len(old_told.tokens) == 2)
         with session_client(core.address) as new:
             refusal = old.hear()
-            assert isinstance(refusal, Refused) and refusal.kind == "dismissed"
+            assert isinstance(refusal, Refused) and refusal.kind == "superseded"
             told = Told(new)
             new.say(AttachRequest(1, "mine"))
             told.until(lambda: told.ends)

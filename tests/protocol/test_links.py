@@ -3,6 +3,7 @@
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +19,28 @@ from footplate.protocol.links import (
     new_client_id,
     output_endpoint,
     require_protected,
+    session_of,
 )
 
 IPC = "ipc:///run/engine.sock"
 TCP = "tcp://127.0.0.1:5555"
 LONGEST_PATH = 87  # bytes, so that a client's path fits too
+
+
+# ---- names
+
+
+def test_a_client_key_has_one_name_for_ever() -> None:
+    # A request may be kept by a core while the client's package is updated.
+    assert session_of("0123456789abcdef").hex() == "80b559f0417472bc1cc2bc2788d9c6b1"
+    names = {session_of(key) for key in ("x" * 16, "x" * 17, "y" * 16, "é" * 256, "\ud800" * 16)}
+    assert {len(name) for name in names} == {16} and len(names) == 5
+
+
+@pytest.mark.parametrize("key", ["x" * 15, "x" * 257, b"x" * 16, None])
+def test_what_is_no_client_key_is_refused(key: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="client_key"):
+        session_of(key)
 
 
 # ---- addresses
