@@ -79,19 +79,23 @@ class ParentLine:
             os.write(self._answers, struct.pack("<I", len(frame)) + frame)
 
     def _watch(self) -> None:
-        with suppress(OSError, EOFError):
-            while True:
-                try:
-                    self._promotions.put(self._read())
-                except msgspec.MsgspecError as error:
-                    self._promotions.put(str(error))
-                self._on_promotion()
-        if self._files is not None:
-            self._files.remove_all()
-        sys.stderr.flush()
-        # Not sys.exit: the main thread may be deep in a forward pass, and nothing of what it
-        # holds is worth waiting for.
-        os._exit(0)
+        try:
+            with suppress(OSError, EOFError):
+                while True:
+                    try:
+                        self._promotions.put(self._read())
+                    except msgspec.MsgspecError as error:
+                        self._promotions.put(str(error))
+                    self._on_promotion()
+            with suppress(OSError):  # a folder that has been taken from us, a closed terminal
+                if self._files is not None:
+                    self._files.remove_all()
+                sys.stderr.flush()
+        finally:
+            # Whatever has gone wrong here: nobody else would end this process. Not sys.exit: the
+            # main thread may be deep in a forward pass, and nothing of what it holds is worth
+            # waiting for.
+            os._exit(0)
 
     def _read(self) -> CoreConfig:
         (size,) = struct.unpack("<I", self._read_exactly(4))

@@ -214,8 +214,9 @@ class Connection:
                     self._dealer.send(self._encode(Goodbye()), zmq.NOBLOCK)
         self._gathered.clear()
         self._unsent.clear()
-        self._tell_room()
-        self._welcome.cancel()
+        with suppress(RuntimeError):  # likewise: nobody waits any more
+            self._tell_room()
+            self._welcome.cancel()
         self._finalizer()
 
     # ---- sending
@@ -305,7 +306,7 @@ class Connection:
                 case Welcome() if not self._welcome.done():
                     self._welcome.set_result(message)
                 case Refused(reason=reason) if self._welcome.done():
-                    self._on_lost(reason)
+                    self._report_loss(reason)
                 case Refused(kind=kind, reason=reason):
                     error = ProtocolMismatchError if kind == "protocol" else EngineStartError
                     self.refuse(error(reason))
@@ -349,7 +350,12 @@ class Connection:
         for socket, read in ((self._dealer, self._read_dealer), (self._pull, self._read_pull)):
             while not socket.closed and cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 read()
-        self._on_lost("the engine core closed the connection")
+        self._report_loss("the engine core closed the connection")
+
+    def _report_loss(self, reason: str) -> None:
+        # What was read just before may have had this connection closed, and another opened.
+        if self._finalizer.alive:
+            self._on_lost(reason)
 
 
 def _require_place(folder: Path, address: str) -> None:

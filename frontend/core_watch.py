@@ -35,7 +35,7 @@ class CoreWatch:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._num_pings = 0
-        self._answers: dict[int, asyncio.Future[Pong]] = {}
+        self._answers: dict[int, asyncio.Future[Pong | None]] = {}
 
     @property
     def last_step_age_s(self) -> float:
@@ -71,9 +71,10 @@ class CoreWatch:
             answer.set_result(pong)
 
     async def ask(self) -> Pong | None:
-        """The core's answer to a ping of now; None if it gives none in time."""
+        """The core's answer to a ping of now; None if it gives none in time, or is watched no
+        longer."""
         number = self._ping()
-        answer: asyncio.Future[Pong] = self._loop.create_future()
+        answer: asyncio.Future[Pong | None] = self._loop.create_future()
         self._answers[number] = answer
         try:
             async with asyncio.timeout(self._patience.silent_s):
@@ -89,4 +90,6 @@ class CoreWatch:
             self._timer.cancel()
             self._timer = None
         for answer in self._answers.values():
-            answer.cancel()
+            if not answer.done():
+                # Not cancelled: whoever waits would take that for its own end.
+                answer.set_result(None)

@@ -40,6 +40,9 @@ EX_CONFIG = 78
 BEAT_S = 1.0
 SILENT_S = 3.0
 AT_ONCE_S = 1.0
+# Within which clients have come to a core that has just taken another's place, and said what they
+# want of it. One that is drained before has nothing to finish.
+REATTACH_S = 0.5
 
 T = TypeVar("T")
 
@@ -113,7 +116,7 @@ class _Launcher:
             if not self._num_signals:
                 _print_ready(self._session.welcome, self._address, time.monotonic() - since)
                 error = await self._until_signal(self._session.wait_until_dead())
-            if self._session.state is EngineState.SERVING:
+            if self._session.state in (EngineState.SERVING, EngineState.RESTARTING):
                 await self._drain()
         except EngineError as failure:
             error = failure
@@ -143,14 +146,19 @@ class _Launcher:
 
     async def _drain(self) -> None:
         """Let requests finish, for a while; a second signal ends them at once."""
-        stats = (await self._session.call(GetStats)).stats
+        if self._session.state is EngineState.RESTARTING:
+            await self._until_signal(self._session.call(GetStats))  # answered by the next core
+            await self._until_signal(asyncio.sleep(REATTACH_S))
+        reply = await self._until_signal(self._session.call(GetStats))
+        stats = None if reply is None else reply.stats
         if stats is not None and (num_left := stats.num_running + stats.num_waiting):
             print(
                 f"footplate-engine: {num_left} requests are left; waiting for them for at most "
                 f"{self._drain_timeout_s:g} s (a second signal ends them)",
                 file=sys.stderr,
             )
-        await self._until_signal(self._session.drain(self._drain_timeout_s))
+        if self._num_signals == 1:
+            await self._until_signal(self._session.drain(self._drain_timeout_s))
         if self._num_signals > 1:
             with contextlib.suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(AT_ONCE_S):

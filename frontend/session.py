@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import TypeVar
 
@@ -120,6 +120,7 @@ class Session:
         self._recovering: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._watch: CoreWatch | None = None
+        self._replacing = asyncio.Lock()
         self._recovery = Recovery(client)
         self._calls = ControlCalls()
         self._owner: int | None = None
@@ -291,7 +292,8 @@ class Session:
         self._client.fail_all(error)
         self._calls.fail(error)
         if self._recovering is not None:
-            self._recovering.cancel()
+            with suppress(RuntimeError):  # the loop is closed already
+                self._recovering.cancel()
             self._recovering = None
         self._release(may_return=may_return)
         self._starting = None
@@ -350,10 +352,11 @@ class Session:
         self._losing = self._losing or loop.call_later(patience_s, lose, cause)
 
     def _on_core_exit(self, error: EngineStartError) -> None:
+        if self._supervisor is None or not self._supervisor.has_ended:
+            return  # it is about a core that has been replaced since
         if self._intruded is not None and not self._intruded.done():
             self._intruded.set_result(error)
         elif self.state is EngineState.SERVING:
-            assert self._supervisor is not None
             self._lose(self._supervisor.explain(error))
         elif self._connection is not None:
             self._connection.refuse(error)
@@ -367,9 +370,22 @@ class Session:
         self._advance(EngineEvent.LOSE)
         logger.info("the engine core is gone, and is being replaced: %s", cause)
         self._disconnect()
-        self._recovering = asyncio.create_task(
-            self._recover(cause, has_failed), name="footplate recovery"
-        )
+        self._begin_to_recover(self._recover(cause, has_failed))
+
+    def _begin_to_recover(self, recovery: Coroutine[object, object, None]) -> "asyncio.Task[None]":
+        self._recovering = asyncio.create_task(recovery, name="footplate recovery")
+        self._recovering.add_done_callback(self._on_recovery_end)
+        return self._recovering
+
+    def _on_recovery_end(self, task: "asyncio.Task[None]") -> None:
+        """Streams wait for nothing else: no recovery may end without their being told."""
+        if task.cancelled():
+            if task is self._recovering:  # not by us: by somebody who ends all tasks, perhaps
+                self._die(EngineDeadError("the recovery from the core's end was cancelled"))
+        elif (error := task.exception()) is not None:
+            logger.error("the recovery from the core's end has failed", exc_info=error)
+            if self.state in (EngineState.RESTARTING, EngineState.SERVING):
+                self._die(EngineDeadError(f"the engine core cannot be replaced: {error!r}"))
 
     async def _recover(self, cause: str, has_failed: bool) -> None:
         since = time.monotonic()
@@ -444,11 +460,16 @@ class Session:
         """See `AsyncLLMEngine.replace_core`."""
         if self._supervisor is None:
             raise EngineError("only an engine with a core of its own can replace it")
+        async with self._replacing:
+            await self._replace_core(args)
+
+    async def _replace_core(self, args: EngineArgs) -> None:
         self.require_serving()
         # An engine of its own until it is known to be of use.
         trial = Session(EngineClient(), Supervisor(args), None, args.start_timeout_s)
         try:
             await trial.start()
+            trial.require_serving()
             _require_same_architecture(self.welcome.model, trial.welcome.model)
             if self.state not in (EngineState.SERVING, EngineState.RESTARTING):
                 raise EngineClosedError("the engine ended while its core was being replaced")
@@ -456,11 +477,22 @@ class Session:
         finally:
             trial.stop()
         self._patience = args.patience
+        # Neither is the caller's to cancel any more.
+        ending = asyncio.get_running_loop().run_in_executor(None, predecessor.stop)
+        moving = self._begin_to_recover(self._move_over())
+        await asyncio.wait((ending, moving))
+        if self.state is not EngineState.RESTARTING:  # when that core has died, others may come
+            self.require_serving()
+
+    async def _move_over(self) -> None:
         try:
-            self._go_on("it was replaced on request", await self._connect(args.start_timeout_s))
-        except EngineStartError as error:  # it has died meanwhile, like any other core
-            self._recovering = asyncio.create_task(self._recover(str(error), has_failed=False))
-        await asyncio.to_thread(predecessor.stop)
+            welcome = await self._connect(self._start_timeout_s)
+        except Exception as error:  # it has died meanwhile, like any other core
+            self._disconnect()
+            await self._recover(str(error), has_failed=False)
+        else:
+            self._recovering = None
+            self._go_on("it was replaced on request", welcome)
 
     def _take_over(self, trial: "Session") -> Supervisor:
         """Make another session's core ours; what is left of our own is returned."""
@@ -474,7 +506,8 @@ class Session:
         trial._disconnect()
         predecessor, self._supervisor = self._supervisor, trial._supervisor
         trial._supervisor = None
-        self._address = trial._address
+        self._address, self._welcome = trial._address, trial.welcome
+        self._start_timeout_s = trial._start_timeout_s
         self._supervisor.listen(self._make_exit_callback())
         return predecessor
 

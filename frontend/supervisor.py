@@ -59,7 +59,7 @@ class Supervisor:
         self._budget = RestartBudget(args.max_restarts, args.restart_window_s)
         self._process: CoreProcess | None = None
         self._listener = _Listener()
-        self._shared = SharedMemory() if args.standby else None
+        self._shared: SharedMemory | None = None
         self._spare: CoreProcess | None = None
         self._spare_listener = _Listener()
         self._killed_for: str | None = None
@@ -70,6 +70,11 @@ class Supervisor:
     def process_id(self) -> int | None:
         """Of the core; None when none was started."""
         return None if self._process is None else self._process.process_id
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the core's process has ended, and no other has taken its place."""
+        return self._process is not None and self._process.exit_status is not None
 
     def listen(self, on_exit: Callable[[EngineStartError], object]) -> None:
         """Say who is told, from now on, when a core has ended that was not told to.
@@ -82,6 +87,7 @@ class Supervisor:
     def start(self) -> str:
         """Start the core; its address."""
         address, folder = self._given_address, None
+        self._shared = SharedMemory() if self._args.standby else None
         if address is None:
             folder = make_private_dir()
             address = f"ipc://{folder / 'engine.sock'}"
@@ -114,7 +120,10 @@ class Supervisor:
             self._spare_listener = _Listener()
             self._spare_listener.tell = _log_end_of_spare
             config = msgspec.structs.replace(self._config, is_standby=True)
-            self._spare = CoreProcess(config, self._spare_listener, shared=self._shared)
+            try:
+                self._spare = CoreProcess(config, self._spare_listener, shared=self._shared)
+            except OSError as error:  # too many processes, or no memory for one: none is spare
+                logger.warning("no spare engine core can be started: %s", error)
 
     async def restart(self, cause: str, *, had_served: bool, has_failed: bool) -> None:
         """Replace a core that has ended, or is of no use any more.
@@ -178,6 +187,9 @@ class Supervisor:
             if process is not None:
                 process.stop()
         self._process = self._spare = None
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
         if self._folder is not None:
             self._folder()
 

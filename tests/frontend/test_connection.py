@@ -402,3 +402,27 @@ def test_a_connection_can_be_closed_after_its_event_loop(address: str) -> None:
     connection = asyncio.run(connect())
     connection.close()
     assert sockets_beside(address) == []
+
+
+async def test_a_connection_that_its_last_words_have_closed_is_not_lost_as_well(
+    tmp_path: Path,
+) -> None:
+    lost: list[str] = []
+    with ScriptedCore.at(f"ipc://{tmp_path}/engine.sock") as core:
+        connection = Connection(
+            core.address,
+            b"session",
+            on_messages=lambda messages: connection.close(),
+            on_lost=lost.append,
+            on_progress=lambda progress: None,
+        )
+        opening = asyncio.create_task(connection.open(PATIENCE_S))
+        await core.accept()
+        await opening
+        await core.push(EngineFailed("out of memory"))
+        core.close()
+        # Both are there before the event loop has a turn, and it happens to begin with the end.
+        assert connection._pull.poll(int(1000 * PATIENCE_S))
+        assert connection._monitor.poll(int(1000 * PATIENCE_S))
+        connection._read_monitor()
+    assert lost == []

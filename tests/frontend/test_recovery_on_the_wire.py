@@ -10,6 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from footplate.frontend import AsyncLLMEngine, Restart, SamplingParams
+from footplate.frontend.health import Health
+from footplate.frontend.recovery import Recovery
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineNotReadyError,
@@ -198,6 +200,45 @@ async def test_what_was_aborted_meanwhile_is_not_replayed_and_what_was_added_is(
             assert request.handle == added.handle
             await engine.abort("late")
             assert await other.hear() == AbortRequests([added.handle])
+
+
+async def test_whoever_asks_how_it_is_while_its_core_goes_is_told(core: ScriptedCore) -> None:
+    async with attached(core) as engine:
+        asking = [asyncio.create_task(engine.health()), asyncio.create_task(engine.check_health())]
+        await asyncio.sleep(0)  # both wait for an answer now
+        core.close()
+        health, check = await asyncio.gather(*asking, return_exceptions=True)
+        assert isinstance(health, Health)
+        assert (health.state, health.is_alive, health.is_ready) == ("restarting", False, False)
+        assert isinstance(check, EngineNotReadyError)
+
+
+async def test_streams_end_when_somebody_ends_all_tasks_and_so_the_recovery(
+    core: ScriptedCore,
+) -> None:
+    async with attached(core) as engine:
+        stream, _ = await ask(engine, core)
+        core.close()
+        await loss_of(engine)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        with pytest.raises(EngineDeadError, match="was cancelled"):
+            await next_tokens(stream)
+        assert engine.errored
+
+
+async def test_streams_end_when_the_recovery_itself_fails(
+    core: ScriptedCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> list[AddRequest]:
+        raise RuntimeError("not my day")
+
+    async with attached(core) as engine:
+        stream, _ = await ask(engine, core)
+        monkeypatch.setattr(Recovery, "welcome", fail)
+        async with succeeded(core):
+            with pytest.raises(EngineDeadError, match="not my day"):
+                await next_tokens(stream)
 
 
 async def test_a_shutdown_ends_streams_that_wait_for_the_next_core(core: ScriptedCore) -> None:

@@ -130,6 +130,24 @@ def test_it_does_not_start_with_keys_that_others_can_read(
 # ---- ending
 
 
+async def test_a_signal_while_its_core_is_replaced_lets_requests_finish_too(
+    run: Run, address: str
+) -> None:
+    program = launch(run, address)
+    core = wait_until_ready(program)
+    async with AsyncLLMEngine.connect(address) as engine:
+        stream = await engine.add_request(None, [20], FOREVER)
+        await anext(stream)
+        os.kill(core, signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE_S):
+            while engine.is_running:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        program.signal(signal.SIGTERM)
+        reasons = [output.outputs[0].finish_reason async for output in stream]
+        assert reasons[-1] == "length"
+    assert program.status() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_lets_requests_finish_and_nothing_is_left(
     run: Run, address: str, folder: Path, number: signal.Signals

@@ -5,13 +5,19 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
-from footplate.frontend import AsyncLLMEngine, EngineArgs, Restart, SamplingParams
-from footplate.protocol.errors import EngineDeadError, EngineError, EngineStartError
+from footplate.frontend import AsyncLLMEngine, EngineArgs, Restart, SamplingParams, supervisor
+from footplate.protocol.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+)
 
-from .conftest import PATIENCE_S, Program, is_gone
+from .conftest import PATIENCE_S, Program, in_time, is_gone
 from .test_launch import launch, wait_until_ready
 
 LENGTH = 3_000
@@ -200,6 +206,102 @@ async def test_a_successor_that_cannot_start_or_is_another_model_changes_nothing
         with pytest.raises(EngineError, match="architecture was 'Fake'"):
             await engine.replace_core(EngineArgs(model="demo"))
         assert engine.process_id == before
+
+
+async def when_taken_over(engine: AsyncLLMEngine) -> None:
+    """The new core is ready, and the streams have not moved yet."""
+    async with asyncio.timeout(PATIENCE_S):
+        while engine.is_running:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def test_a_successor_that_dies_when_it_takes_over_is_replaced_like_any_other() -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine, under_load(engine):
+        before = engine.process_id
+        replacing = asyncio.create_task(engine.replace_core(PATIENT))
+        await when_taken_over(engine)
+        successor = engine.process_id
+        assert successor is not None and successor != before
+        os.kill(successor, signal.SIGKILL)
+        await replacing
+        await core_after(engine, successor)
+        await progress_of(engine)
+        assert engine.engine_restarts == 1
+
+
+async def test_streams_move_even_if_whoever_replaced_their_core_waits_no_longer() -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine, under_load(engine):
+        before = engine.process_id
+        assert before is not None
+        replacing = asyncio.create_task(engine.replace_core(PATIENT))
+        await when_taken_over(engine)
+        replacing.cancel()
+        await core_after(engine, before)
+        assert await asyncio.to_thread(in_time, lambda: is_gone(before))
+
+
+async def test_a_shutdown_in_the_middle_of_a_replacement_is_said_to_be_one() -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine:
+        replacing = asyncio.create_task(engine.replace_core(PATIENT))
+        await when_taken_over(engine)
+        successor = engine.process_id
+        engine.shutdown()
+        with pytest.raises(EngineClosedError):
+            await replacing
+        assert successor is not None and is_gone(successor)
+
+
+async def test_two_replacements_at_once_come_one_after_the_other() -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine, under_load(engine):
+        await asyncio.gather(engine.replace_core(PATIENT), engine.replace_core(PATIENT))
+        assert engine.is_running and engine.engine_restarts == 0
+
+
+def test_an_engine_can_be_shut_down_behind_a_loop_that_was_closed_during_its_recovery() -> None:
+    async def lose_core() -> None:
+        await engine.start()
+        assert engine.process_id is not None
+        os.kill(engine.process_id, signal.SIGKILL)
+        await when_taken_over(engine)
+
+    engine, loop = AsyncLLMEngine.from_engine_args(PATIENT), asyncio.new_event_loop()
+    loop.run_until_complete(lose_core())
+    [recovery] = asyncio.all_tasks(loop)
+    loop.close()
+    engine.shutdown()
+    assert engine.is_stopped
+    recovery._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+async def test_a_spare_that_cannot_be_started_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine:
+        replacing = asyncio.create_task(engine.replace_core(EngineArgs(model="fake", standby=True)))
+        await when_taken_over(engine)
+
+        def fail(*args: object, **kwargs: object) -> None:
+            raise BlockingIOError("Resource temporarily unavailable")
+
+        monkeypatch.setattr(supervisor, "CoreProcess", fail)
+        await replacing
+        assert "no spare engine core can be started" in caplog.text
+        assert await tokens_of(engine, 0)
+
+
+async def test_the_memory_that_cores_share_goes_with_a_shutdown() -> None:
+    engine = AsyncLLMEngine.from_engine_args(EngineArgs(model="fake", standby=True))
+    for _ in range(2):
+        await engine.start()
+        assert num_shared_memories() == 1
+        engine.shutdown()
+        assert num_shared_memories() == 0
+
+
+def num_shared_memories() -> int:
+    """That this process holds on to."""
+    links = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return sum("footplate-weights" in os.readlink(link) for link in links if link.is_symlink())
 
 
 async def test_somebody_elses_core_is_not_replaced(
