@@ -12,7 +12,7 @@ from footplate.backend.inbox import close_monitored
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_S = 0.1
+LAST_WORDS_S = 0.5
 
 
 @dataclass(slots=True)

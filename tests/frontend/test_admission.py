@@ -18,7 +18,7 @@ def retry_s(waiting: WaitingRequests, num_reqs: int, num_tokens: int = 0) -> flo
 def test_without_limits_there_is_always_room() -> None:
     waiting = WaitingRequests()
     waiting.enter(10**6, 10**9)
-    waiting.require_room(RequestConfig(), 10**6, 10**9)
+    waiting.require_room(RequestConfig(max_num_queued_reqs=None), 10**6, 10**9)
 
 
 def test_there_is_room_up_to_the_limit_and_none_beyond() -> None:

@@ -26,7 +26,11 @@ FOREVER = SamplingParams(max_tokens=900_000, detokenize=False)
 SHORT = SamplingParams(max_tokens=4, detokenize=False, seed=0)
 
 ONE_AT_A_TIME = EngineArgs(
-    model="fake", max_model_len=1_000_000, max_num_seqs=1, max_num_queued_reqs=3
+    model="fake",
+    max_model_len=1_000_000,
+    max_num_seqs=1,
+    max_num_queued_reqs=3,
+    max_unread_tokens=None,  # who occupies it is not read
 )
 
 pytestmark = pytest.mark.usefixtures("nothing_is_lost")

@@ -6,10 +6,13 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, Restart, SamplingParams, supervisor
+from footplate.frontend.core_process import CoreProcess
+from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import (
     EngineClosedError,
     EngineDeadError,
@@ -98,7 +101,9 @@ async def test_a_core_that_is_stopped_goes_on_when_it_is_continued() -> None:
         with pytest.raises(EngineError, match="does not answer"):
             await engine.check_health()
         os.kill(engine.process_id, signal.SIGCONT)
-        assert (await engine.health()).is_ready
+        async with asyncio.timeout(PATIENCE_S):
+            while not (await engine.health()).is_ready:
+                pass
         await engine.check_health()
     assert engine.engine_restarts == 0
 
@@ -276,15 +281,13 @@ def test_an_engine_can_be_shut_down_behind_a_loop_that_was_closed_during_its_rec
 async def test_a_spare_that_cannot_be_started_is_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine:
-        replacing = asyncio.create_task(engine.replace_core(EngineArgs(model="fake", standby=True)))
-        await when_taken_over(engine)
-
-        def fail(*args: object, **kwargs: object) -> None:
+    def start(config: CoreConfig, *args: Any, **kwargs: Any) -> CoreProcess:
+        if config.is_standby:
             raise BlockingIOError("Resource temporarily unavailable")
+        return CoreProcess(config, *args, **kwargs)
 
-        monkeypatch.setattr(supervisor, "CoreProcess", fail)
-        await replacing
+    monkeypatch.setattr(supervisor, "CoreProcess", start)
+    async with AsyncLLMEngine.from_engine_args(EngineArgs(model="fake", standby=True)) as engine:
         assert "no spare engine core can be started" in caplog.text
         assert await tokens_of(engine, 0)
 
