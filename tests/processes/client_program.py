@@ -63,7 +63,7 @@ async def keeping(address: str) -> None:
     """A request that goes on without us; what has been handed out of it, and then reads no more."""
     engine = AsyncLLMEngine.connect(address, client_key=CLIENT_KEY)
     stream = await engine.add_request("mine", PROMPT, DETACHABLE, detachable=True)
-    for _ in range(20):
+    for _ in range(5):
         [completion] = (await anext(stream)).outputs
         say("taken", json.dumps([completion.token_ids, completion.text]))
     say("waits")

@@ -167,11 +167,14 @@ def test_a_request_with_an_id_outlives_its_connection(start_core: StartCore, num
     core = start_core()
     params = TokenParams(0.0, 1.0, 0, 0.0, 0, 5_000, 0, ())
     with whole(core.address, params) as (witness, tokens):
+        num_heard = stats_of(witness).num_prompt_tokens + 2 * len(PROMPT)
         with session_client(core.address) as client:
             told = Told(client)
             client.say(AddRequest(7, PROMPT, params, request_id="mine"))
             client.say(AddRequest(8, PROMPT, GREEDY))
             told.until(lambda: len(told.tokens.get(7, ())) >= num_seen)
+            # What has not left a process dies with it.
+            assert in_time(lambda: stats_of(witness).num_prompt_tokens == num_heard)
         # Its sockets are closed, as by the kernel when a process is killed.
         assert in_time(lambda: stats_of(witness).num_detached == 1)
         assert in_time(lambda: stats_of(witness).num_running <= 1), "the other one is aborted"
