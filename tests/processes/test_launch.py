@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -164,7 +165,9 @@ async def test_a_signal_lets_requests_finish_and_nothing_is_left(
         reasons = [output.outputs[0].finish_reason async for output in stream]
         assert reasons[-1] == "length"
         with pytest.raises(EngineDeadError, match="the engine was stopped"):
-            await complete(engine)
+            while True:  # it may live for a moment behind the last request
+                with suppress(EngineDrainingError):
+                    await complete(engine)
     assert program.status() == 0
     assert is_gone(core)
     assert files_in(folder) == []

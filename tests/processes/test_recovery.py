@@ -6,10 +6,13 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, Restart, SamplingParams, supervisor
+from footplate.frontend.core_process import CoreProcess
+from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import (
     EngineClosedError,
     EngineDeadError,
@@ -276,16 +279,16 @@ def test_an_engine_can_be_shut_down_behind_a_loop_that_was_closed_during_its_rec
 async def test_a_spare_that_cannot_be_started_is_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine:
-        replacing = asyncio.create_task(engine.replace_core(EngineArgs(model="fake", standby=True)))
-        await when_taken_over(engine)
+    class OnlyTheFirst(CoreProcess):
+        def __init__(self, config: CoreConfig, *args: Any, **kwargs: Any) -> None:
+            if config.is_standby:
+                raise BlockingIOError("Resource temporarily unavailable")
+            super().__init__(config, *args, **kwargs)
 
-        def fail(*args: object, **kwargs: object) -> None:
-            raise BlockingIOError("Resource temporarily unavailable")
-
-        monkeypatch.setattr(supervisor, "CoreProcess", fail)
-        await replacing
-        assert "no spare engine core can be started" in caplog.text
+    monkeypatch.setattr(supervisor, "CoreProcess", OnlyTheFirst)
+    args = EngineArgs(model="fake", standby=True)
+    async with AsyncLLMEngine.from_engine_args(args) as engine:
+        assert "no spare engine core can be started: Resource" in caplog.text
         assert await tokens_of(engine, 0)
 
 
