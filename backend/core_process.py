@@ -59,6 +59,9 @@ from footplate.protocol.messages import (
 logger = logging.getLogger(__name__)
 
 BACKLOG_RETRY_S = 0.002
+# No other core is waiting for this one to end, and what clients do not hear now they never will:
+# one that reads may be a thousand steps behind.
+FAREWELL_S = 1.0
 # A deadline may be further away than the operating system can wait (some 292 years).
 LONGEST_SLEEP_S = 3600.0
 
@@ -106,7 +109,7 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
             if core is not None and core.is_draining:
                 # It was emptied first, so nobody is going to start another in its place.
                 last_word = Encoder().encode(EngineStopping(reason))
-                outbox.broadcast(last_word, last_word)
+                outbox.broadcast(last_word, last_word, FAREWELL_S)
             raise
         except Exception as error:
             if not recorder.is_clear:
@@ -114,8 +117,8 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
             # Whoever still waits for a Welcome hears it from the inbox, the others from the outbox.
             cause, encode = root_cause(error), Encoder().encode
             inbox.announce(Refused("start", cause))
-            last_words = EngineFailed(cause), EngineFailed(without_places(cause))
-            outbox.broadcast(*map(encode, last_words))
+            discreetly = EngineFailed(without_places(cause))
+            outbox.broadcast(encode(EngineFailed(cause)), encode(discreetly))
             raise
         finally:
             # The inbox first: it looks at the monitors of the outbox's sockets.

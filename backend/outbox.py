@@ -79,14 +79,20 @@ class Outbox:
             while lane.backlog and _push(lane, lane.backlog[0]):
                 lane.backlog_bytes -= len(lane.backlog.popleft())
 
-    def broadcast(self, frame: bytes, frame_for_outsiders: bytes) -> None:
+    def broadcast(
+        self, frame: bytes, frame_for_outsiders: bytes, patience_s: float = LAST_WORDS_S
+    ) -> None:
         """Tell everyone the last words, behind all that is to be said before; those who read get
-        them. Nobody is waited for any longer than `LAST_WORDS_S`."""
+        them.
+
+        Args:
+            patience_s: the longest that anybody is waited for.
+        """
         for lane in self._lanes.values():
             words = frame if lane.is_insider else frame_for_outsiders
             lane.backlog.append(words)
             lane.backlog_bytes += len(words)
-        deadline = time.monotonic() + LAST_WORDS_S
+        deadline = time.monotonic() + patience_s
         self.flush()
         while self.has_backlog and time.monotonic() < deadline:
             time.sleep(LAST_WORDS_S / 50)

@@ -56,6 +56,7 @@ MAX_MESSAGES_PER_TURN = 64  # then the event loop gets a turn
 RECONNECT_MS = 10
 MONITOR_EVENT = struct.Struct("=HI")  # zmq_socket_monitor(3): the event and its value
 UNSENT_RETRY_S = 0.001
+LAST_WORDS_S = 1.0  # as long as a core that ends goes on delivering
 
 
 class Connection:
@@ -103,6 +104,8 @@ class Connection:
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._refusal: EngineStartError | None = None
         self._lost = False
+        self._has_ended = False
+        self._num_feeds = 0  # connections by which outputs come
         self._unsent: deque[list[bytes]] = deque()
         self._gathered: list[bytes] = []
         self._room: asyncio.Future[None] | None = None
@@ -116,6 +119,9 @@ class Connection:
             zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         )
         self._pull = self._socket(zmq.PULL)
+        self._feed_monitor = self._pull.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+        )
         self._output_key = "" if keys is None else self._encrypt(keys)
         path = Path(endpoint.removeprefix("ipc://")) if ipc_path(address) else None
         try:
@@ -130,7 +136,7 @@ class Connection:
         self._endpoint = cast(bytes, self._pull.get(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
         # The finalizer holds the sockets: those of a connection that was dropped may be gone from
         # the context's own list, and ending a context waits for sockets that nobody can close.
-        sockets = (self._dealer, self._pull, self._monitor)
+        sockets = (self._dealer, self._pull, self._monitor, self._feed_monitor)
         self._finalizer = weakref.finalize(self, _close, self._context, sockets, path, os.getpid())
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
@@ -173,6 +179,7 @@ class Connection:
             (self._dealer, self._read_dealer),
             (self._pull, self._read_pull),
             (self._monitor, self._read_monitor),
+            (self._feed_monitor, self._read_feed_monitor),
         ):
             self._loop.add_reader(cast(int, socket.get(zmq.FD)), read)
             read()  # a descriptor reports nothing before its socket has been found empty once
@@ -204,7 +211,7 @@ class Connection:
         """
         if not self._finalizer.alive:
             return
-        for socket in (self._dealer, self._pull, self._monitor):
+        for socket in (self._dealer, self._pull, self._monitor, self._feed_monitor):
             with suppress(RuntimeError):  # the loop is closed already
                 self._loop.remove_reader(cast(int, socket.get(zmq.FD)))
         if not self._lost:
@@ -344,9 +351,24 @@ class Connection:
                             "owner for another"
                         )
                     )
-        if not self._lost:
+        if self._lost:
+            # Its last words come by the other sockets. A core that ends closes this one first.
+            self._loop.call_later(LAST_WORDS_S, self._end)
+            self._read_feed_monitor()
+
+    def _read_feed_monitor(self) -> None:
+        with suppress(zmq.Again):
+            while not self._feed_monitor.closed:
+                event, _ = MONITOR_EVENT.unpack(self._feed_monitor.recv_multipart(zmq.NOBLOCK)[0])
+                self._num_feeds += 1 if event == zmq.EVENT_ACCEPTED else -1
+        if self._lost and not self._num_feeds:
+            self._end()
+
+    def _end(self) -> None:
+        """All that is going to come has come."""
+        if self._has_ended:
             return
-        # Its last words come by the other sockets and may be waiting there.
+        self._has_ended = True
         for socket, read in ((self._dealer, self._read_dealer), (self._pull, self._read_pull)):
             while not socket.closed and cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 read()

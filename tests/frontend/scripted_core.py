@@ -73,6 +73,10 @@ class ScriptedCore:
             self._push.close(linger=1000)
             self._context.term()
 
+    def close_router(self) -> None:
+        """The first thing that a core does when it ends."""
+        self._router.close(linger=0)
+
     async def hear(self) -> ClientMessage:
         """The client's next message; pings are answered in passing, by a core that is idle."""
         while True:

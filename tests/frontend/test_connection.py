@@ -404,6 +404,24 @@ def test_a_connection_can_be_closed_after_its_event_loop(address: str) -> None:
     assert sockets_beside(address) == []
 
 
+async def test_last_words_that_come_behind_the_end_of_the_other_socket_are_heard(
+    address: str,
+) -> None:
+    ear = Ear()
+    async with linked(address, ear) as (core, connection):
+        await core.push(ControlReply(1, True))
+        await ear.until(lambda: ear.messages)
+        core.close_router()
+        assert connection._monitor.poll(int(1000 * PATIENCE_S))
+        connection._read_monitor()
+        assert ear.losses == []  # what it says of itself is still to come
+        await core.push(EngineFailed("out of memory"))
+        core.close()
+        await ear.until(lambda: ear.losses)
+        assert ear.messages[1:] == [EngineFailed("out of memory")]
+        assert ear.losses == ["the engine core closed the connection"]
+
+
 async def test_a_connection_that_its_last_words_have_closed_is_not_lost_as_well(
     tmp_path: Path,
 ) -> None:

@@ -281,14 +281,16 @@ def test_an_engine_can_be_shut_down_behind_a_loop_that_was_closed_during_its_rec
 async def test_a_spare_that_cannot_be_started_is_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def start(config: CoreConfig, *args: Any, **kwargs: Any) -> CoreProcess:
-        if config.is_standby:
-            raise BlockingIOError("Resource temporarily unavailable")
-        return CoreProcess(config, *args, **kwargs)
+    class OnlyTheFirst(CoreProcess):
+        def __init__(self, config: CoreConfig, *args: Any, **kwargs: Any) -> None:
+            if config.is_standby:
+                raise BlockingIOError("Resource temporarily unavailable")
+            super().__init__(config, *args, **kwargs)
 
-    monkeypatch.setattr(supervisor, "CoreProcess", start)
-    async with AsyncLLMEngine.from_engine_args(EngineArgs(model="fake", standby=True)) as engine:
-        assert "no spare engine core can be started" in caplog.text
+    monkeypatch.setattr(supervisor, "CoreProcess", OnlyTheFirst)
+    args = EngineArgs(model="fake", standby=True)
+    async with AsyncLLMEngine.from_engine_args(args) as engine:
+        assert "no spare engine core can be started: Resource" in caplog.text
         assert await tokens_of(engine, 0)
 
 
