@@ -48,9 +48,7 @@ class Recovery:
         messages = self._client.replay(now)
         self.num_replayed += len(messages)
         return [
-            replace(message, run_alone=True)
-            if isinstance(message, AddRequest) and self._runs_alone(message)
-            else message
+            replace(message, run_alone=True) if self._runs_alone(message) else message
             for message in messages
         ]
 
@@ -67,8 +65,8 @@ class Recovery:
             if client.is_live(handle):  # a sibling may have ended the whole request
                 client.fail(handle, RequestFailedError(f"{BLAME}: {cause}"))
 
-    def _runs_alone(self, message: AddRequest) -> bool:
-        return any(
+    def _runs_alone(self, message: AddRequest | AttachRequest) -> bool:
+        return isinstance(message, AddRequest) and any(
             self._quarantine.runs_alone(handle, self._client.num_tokens(handle))
             for handle in range(message.handle, message.handle + message.n)
         )

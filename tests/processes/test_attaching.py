@@ -144,7 +144,7 @@ async def test_who_leaves_and_detaches_may_come_back_and_who_says_goodbye_has_no
     expected = await whole(address)
     engine = known_to(address)
     stream = await engine.add_request("mine", PROMPT, DETACHABLE, detachable=True)
-    await engine.add_request("endless", PROMPT, FOREVER, detachable=True)
+    await anext(await engine.add_request("endless", PROMPT, FOREVER, detachable=True))
     first = (await anext(stream)).outputs[0]
     engine.shutdown(detach=True)
     # The same object starts again, in the place of another process.
@@ -165,7 +165,8 @@ async def test_of_two_with_one_key_the_newer_one_stays(launched: Callable[..., s
     address = launched()
     expected = await whole(address)
     async with known_to(address) as old:
-        await old.add_request("mine", PROMPT, DETACHABLE, detachable=True)
+        stream = await old.add_request("mine", PROMPT, DETACHABLE, detachable=True)
+        await anext(stream)  # otherwise the newer one's greeting may overtake it
         async with known_to(address) as new:
             assert await rest_of(await new.attach("mine", DETACHABLE)) == expected
             with pytest.raises(EngineDeadError, match="same client key"):
