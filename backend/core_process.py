@@ -203,6 +203,7 @@ def _start(
         clock=time.monotonic,
         requests=config.requests,
         grammars=_grammar_compiler(runner.facts.model, inbox.wake),
+        has_suspects=config.has_crashed,
     )
     welcome = Welcome(
         epoch=core.epoch,

@@ -5,6 +5,8 @@ tests drive it with plain calls, `core_process` drives it with ZeroMQ.
 import logging
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from footplate.backend import fail_points
 from footplate.backend.admission import (
     MAX_HANDLE,
@@ -78,7 +80,12 @@ class EngineCore:
         clock: Callable[[], float],
         requests: RequestConfig = RequestConfig(),  # noqa: B008 (frozen)
         grammars: CompilesGrammars | None = None,
+        has_suspects: bool = True,
     ) -> None:
+        """Args:
+        has_suspects: whether a request may ask to be run alone: behind a crash. Otherwise
+            clients could keep each other waiting with it.
+        """
         facts = runner.facts
         caching = cache.enable_prefix_caching and facts.supports_prefix_caching
         self.model = facts.model
@@ -103,6 +110,7 @@ class EngineCore:
             facts.max_scored_rows,
         )
         self._admission = Admission(facts.model, requests)
+        self._has_suspects = has_suspects
         self._deadlines = Deadlines()
         self._leases = Leases(requests.lease_s, requests.lease_bytes, clock)
         self._delivery = Delivery(epoch, self._leases.on_end)
@@ -250,6 +258,8 @@ class EngineCore:
     def _add(self, client: ClientId, live: dict[int, Request], message: AddRequest) -> None:
         session = self._sessions[client]
         request_id = message.request_id if session else None
+        if message.run_alone and not self._has_suspects:
+            message = msgspec.structs.replace(message, run_alone=False)
         quota = self._quota_of.get(client)
         frame = b""
         try:

@@ -61,6 +61,7 @@ class Driver:
         caching: bool = True,
         supports_caching: bool = True,
         requests: RequestConfig = RequestConfig(),  # noqa: B008 (frozen)
+        has_suspects: bool = True,
         **scheduler: Any,
     ) -> None:
         (folder / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
@@ -72,7 +73,13 @@ class Driver:
         self.runner.facts = replace(self.runner.facts, supports_prefix_caching=supports_caching)
         self.clock = Clock()
         self.core = EngineCore(
-            self.runner, cache, SchedulerConfig(**scheduler), 77, self.clock, requests
+            self.runner,
+            cache,
+            SchedulerConfig(**scheduler),
+            77,
+            self.clock,
+            requests,
+            has_suspects=has_suspects,
         )
         self.outputs: list[tuple[bytes, StepOutputs]] = []
         for client in (ALICE, BOB):
@@ -544,6 +551,17 @@ def test_a_request_that_runs_alone_gets_the_same_tokens(driver: Driver, tmp_path
         for position in range(6):
             tokens.append(next_token(digest_prefix(tokens), position, PARAMS, VOCAB_SIZE, 16))
         assert driver.tokens(ALICE, handle) == tokens[2:]
+
+
+@pytest.mark.parametrize("has_suspects", [True, False])
+def test_nobody_is_run_alone_where_nothing_has_crashed(tmp_path: Path, has_suspects: bool) -> None:
+    driver = Driver(tmp_path, has_suspects=has_suspects, max_num_batched_tokens=4, max_num_seqs=4)
+    driver.add(ALICE, 1, [1], max_tokens=30)
+    driver.step()
+    driver.add(BOB, 1, [2] * 20, run_alone=True)
+    for _ in range(3):
+        driver.step()
+    assert len(driver.tokens(ALICE, 1)) == (1 if has_suspects else 4)
 
 
 def test_who_waits_for_one_that_runs_alone_still_has_a_deadline(driver: Driver) -> None:
