@@ -203,14 +203,19 @@ class Connection:
         else:
             self._refusal = error  # it has been welcomed, and has not had its turn since
 
-    def close(self) -> None:
-        """Take leave and close the sockets. May be called more than once."""
+    def close(self, *, takes_leave: bool = True) -> None:
+        """Close the sockets. May be called more than once.
+
+        Args:
+            takes_leave: say Goodbye, which may take 0.1 s if nobody is there to hear it. Without,
+                the session may come back by another connection.
+        """
         if not self._finalizer.alive:
             return
         for socket in (self._dealer, self._pull, self._monitor, self._feed_monitor):
             with suppress(RuntimeError):  # the loop is closed already
                 self._loop.remove_reader(cast(int, socket.get(zmq.FD)))
-        if not self._lost:
+        if takes_leave and not self._lost:
             with suppress(zmq.ZMQError):
                 self._dealer.set(zmq.LINGER, 100)  # ms; Goodbye may still be on its way
                 self._dealer.send(self._encode(Goodbye()), zmq.NOBLOCK)
