@@ -231,11 +231,11 @@ def test_a_core_drains_and_says_so(start_core: StartCore) -> None:
         client.say(AddRequest(1, PROMPT, params))
         told.until(lambda: told.tokens)
         boss.say(Drain(7), AddRequest(5, PROMPT, SHORT))
-        boss_told.until(lambda: boss_told.others)
-        assert boss_told.others == [ControlReply(7, True)]
-        assert boss_told.ends[5].kind is ErrorKind.DRAINING
         told.until(lambda: told.ends)
         assert told.tokens[1] == tokens
+        boss_told.until(lambda: boss_told.others)  # when the other has taken what it was told
+        assert boss_told.others == [ControlReply(7, True)]
+        assert boss_told.ends[5].kind is ErrorKind.DRAINING
         check_empty(boss, num_blocks(boss))
 
 
