@@ -203,10 +203,12 @@ class Connection:
         else:
             self._refusal = error  # it has been welcomed, and has not had its turn since
 
-    def close(self, *, may_return: bool = False) -> None:
-        """Take leave and close the sockets. May be called more than once.
+    def close(self, *, takes_leave: bool = True, may_return: bool = False) -> None:
+        """Close the sockets. May be called more than once.
 
         Args:
+            takes_leave: deliver what was said last, and a Goodbye, which may take 0.1 s if nobody
+                is there to hear it.
             may_return: say no Goodbye, so that the core keeps what outlives a connection.
         """
         if not self._finalizer.alive:
@@ -214,7 +216,7 @@ class Connection:
         for socket in (self._dealer, self._pull, self._monitor, self._feed_monitor):
             with suppress(RuntimeError):  # the loop is closed already
                 self._loop.remove_reader(cast(int, socket.get(zmq.FD)))
-        if not self._lost:
+        if takes_leave and not self._lost:
             with suppress(zmq.ZMQError):
                 self._dealer.set(zmq.LINGER, 100)  # ms; what was said last may still be on its way
                 if not may_return:

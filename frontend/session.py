@@ -301,11 +301,11 @@ class Session:
         self.dead_error = None
 
     def _release(self, *, may_return: bool = False) -> None:
-        self._disconnect(may_return=may_return)
+        self._disconnect(takes_leave=True, may_return=may_return)
         if self._supervisor is not None:
             self._supervisor.stop()
 
-    def _disconnect(self, *, may_return: bool = False) -> None:
+    def _disconnect(self, *, takes_leave: bool = False, may_return: bool = False) -> None:
         if self._finalizer is not None:
             self._finalizer.detach()
         if self._losing is not None:
@@ -315,7 +315,7 @@ class Session:
             self._watch.stop()
             self._watch = None
         if self._connection is not None:
-            self._connection.close(may_return=may_return)
+            self._connection.close(takes_leave=takes_leave, may_return=may_return)
             self._connection = None
 
     def _advance(self, event: EngineEvent) -> None:
@@ -503,7 +503,7 @@ class Session:
         if self.state is EngineState.SERVING:
             self._advance(EngineEvent.LOSE)
         self._disconnect()
-        trial._disconnect()
+        trial._disconnect(takes_leave=True)
         predecessor, self._supervisor = self._supervisor, trial._supervisor
         trial._supervisor = None
         self._address, self._welcome = trial._address, trial.welcome

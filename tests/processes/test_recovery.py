@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, Restart, SamplingParams, supervisor
+from footplate.frontend.connection import Connection
 from footplate.frontend.core_process import CoreProcess
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import (
@@ -122,6 +123,25 @@ async def test_a_core_that_stays_stopped_is_ended_and_replaced(
     assert [restart.cause for restart in restarts] == [
         "the engine core was ended because it had not got any further for 1.2 s"
     ]
+
+
+async def test_nobody_takes_leave_of_a_core_that_is_gone() -> None:
+    """The event loop would wait for a Goodbye that nobody hears."""
+    async with AsyncLLMEngine.from_engine_args(PATIENT) as engine:
+        core = engine.process_id
+        assert core is not None
+        closed: list[bool] = []
+        close = Connection.close
+
+        def note(connection: Connection, *, takes_leave: bool = True) -> None:
+            closed.append(takes_leave)
+            close(connection, takes_leave=takes_leave)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Connection, "close", note)
+            os.kill(core, signal.SIGKILL)
+            await core_after(engine, core)
+        assert closed == [False]
 
 
 async def test_an_idle_engine_whose_core_dies_serves_the_next_request() -> None:
