@@ -133,9 +133,9 @@ async def test_nobody_takes_leave_of_a_core_that_is_gone() -> None:
         closed: list[bool] = []
         close = Connection.close
 
-        def note(connection: Connection, *, takes_leave: bool = True) -> None:
+        def note(connection: Connection, *, takes_leave: bool = True, **others: bool) -> None:
             closed.append(takes_leave)
-            close(connection, takes_leave=takes_leave)
+            close(connection, takes_leave=takes_leave, **others)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Connection, "close", note)
