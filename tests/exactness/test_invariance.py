@@ -167,6 +167,7 @@ def test_a_request_is_answered_alike_in_any_company(
     check(subject_of(architecture, precision), random.Random(f"{architecture} {precision} {seed}"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["float32", "float32, int8"])
 @pytest.mark.parametrize("architecture", sorted(PAGED.keys() - set(ARCHITECTURES)))
 def test_so_it_is_with_every_architecture(
@@ -176,6 +177,7 @@ def test_so_it_is_with_every_architecture(
 
 
 # Their random weights are too sensitive for the probe in bfloat16: a router chooses otherwise.
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", sorted(PAGED.keys() - {"mixtral", "minimax_m2"}))
 def test_every_architecture_can_be_quantised(
     architecture: str, subject_of: Callable[[str, str], Subject]
