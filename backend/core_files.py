@@ -69,23 +69,28 @@ class CoreFiles:
         """Remove socket and lock, once: when the lock is gone, another core may be using the same
         names. The folder stays, for a core that takes this one's place."""
         with self._mutex:
-            if self._is_removed:
-                return
-            self._is_removed = True
-            owns_address = self._socket is None or self._lock is not None
-            if owns_address and self.steps is not None and not self._keeps_steps:
-                self.steps.unlink(missing_ok=True)
-            if self._socket is not None and self._lock is not None:
-                _remove_dead_sockets_beside(self._socket)
-                if not _is_in_the_way(self._socket):
-                    self._socket.unlink(missing_ok=True)
-                _lock_path(self._socket).unlink(missing_ok=True)
+            self._remove()
 
     def remove_all(self) -> None:
         """The parent is gone, so no other core will come: the private folder goes as well."""
-        self.remove()
-        if self._private_dir is not None:
-            shutil.rmtree(self._private_dir, ignore_errors=True)
+        # Under one lock: a main thread that finds its address removed ends the process.
+        with self._mutex:
+            self._remove()
+            if self._private_dir is not None:
+                shutil.rmtree(self._private_dir, ignore_errors=True)
+
+    def _remove(self) -> None:
+        if self._is_removed:
+            return
+        self._is_removed = True
+        owns_address = self._socket is None or self._lock is not None
+        if owns_address and self.steps is not None and not self._keeps_steps:
+            self.steps.unlink(missing_ok=True)
+        if self._socket is not None and self._lock is not None:
+            _remove_dead_sockets_beside(self._socket)
+            if not _is_in_the_way(self._socket):
+                self._socket.unlink(missing_ok=True)
+            _lock_path(self._socket).unlink(missing_ok=True)
 
 
 def _is_in_the_way(path: Path) -> bool:

@@ -121,7 +121,8 @@ class StepGuard:
     def _recover_one(self, parts: "_Parts", index: int, failure: "_Failure") -> None:
         """A request that has failed alone: a shorter chunk of it may fit. One that was alone from
         the start has failed only once, which may have been an accident."""
-        if len(parts.plan.requests) == 1 and not failure.is_memory:
+        is_one_token = parts.plan.num_new_tokens[index] == 1
+        if len(parts.plan.requests) == 1 and (is_one_token or not failure.is_memory):
             once_more = self._try(parts, range(index, index + 1))
             if once_more is None:
                 return

@@ -56,7 +56,7 @@ MAX_MESSAGES_PER_TURN = 64  # then the event loop gets a turn
 RECONNECT_MS = 10
 MONITOR_EVENT = struct.Struct("=HI")  # zmq_socket_monitor(3): the event and its value
 UNSENT_RETRY_S = 0.001
-LAST_WORDS_S = 1.0  # as long as a core that ends goes on delivering
+LAST_WORDS_S = 3.0  # as long as a core that ends goes on delivering
 
 
 class Connection:

@@ -27,7 +27,7 @@ from footplate.protocol.messages import STANDING_BY, CoreMessage, Progress, Refu
 # event loop waits with us.
 STOP_TIMEOUT_S = 0.5
 # One that is asked to end finishes its step, and tells its clients.
-TERMINATE_TIMEOUT_S = 2.0
+TERMINATE_TIMEOUT_S = 5.0
 
 
 class CoreProcess:

@@ -108,7 +108,8 @@ async def test_a_client_that_is_stopped_costs_the_core_its_budget_and_others_not
         while time.monotonic() - since < 3.0:
             await all_exact(engine, 16)
         grown = psutil.Process(process.process_id).memory_info().rss - before
-        assert grown < 80 * 2**20
+        # The budget counts frames; as objects, small ones take about twice their bytes.
+        assert grown < 160 * 2**20
         victim.send_signal(signal.SIGCONT)
 
 
