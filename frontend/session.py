@@ -206,7 +206,7 @@ class Session:
             if self._supervisor is not None:
                 self._supervisor.listen(self._make_exit_callback())
                 self._address = self._supervisor.start()
-            self._welcome = await self._connect(self._start_timeout_s)
+            welcome = await self._connect(self._start_timeout_s)
             self._require_wanted()
         except BaseException as error:
             self._require_wanted()
@@ -222,10 +222,8 @@ class Session:
                 else EngineStartError(f"start-up was interrupted: {error!r}")
             )
             raise
-        self._advance(EngineEvent.READY)
         self._starting = None
-        self._replay("", self._welcome)
-        self._become_ready()
+        self._go_on("", welcome)
 
     async def _connect(self, timeout_s: float) -> Welcome:
         assert self._address is not None
@@ -516,6 +514,8 @@ class Session:
         assert self._connection is not None
         messages = self._recovery.welcome(welcome, time.monotonic(), cause)
         for message in messages:
+            if not self._client.is_live(message.handle):
+                continue  # a sibling could not be sent, which has ended the whole request
             try:
                 self._connection.send(message)
             except MessageTooLargeError as error:  # its output has grown too large for a message

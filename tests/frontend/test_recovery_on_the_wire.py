@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from footplate.frontend import AsyncLLMEngine, Restart, SamplingParams
 from footplate.frontend.health import Health
 from footplate.frontend.recovery import Recovery
+from footplate.protocol import codec
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineNotReadyError,
@@ -306,3 +307,24 @@ async def test_a_callback_that_raises_does_no_harm(
             await other.push_tokens(request.handle, 0, 5, epoch=NEXT)
             assert await next_tokens(stream) == [5]
     assert "not my day" in caplog.text
+
+
+async def test_a_request_that_is_too_large_to_be_sent_again_ends_alone_with_its_siblings(
+    core: ScriptedCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with attached(core) as engine:
+        large, first = await ask(engine, core, n=3, max_tokens=None)
+        small, second = await ask(engine, core)
+        handle = first.handle
+        for index in range(2):
+            await core.push_tokens(handle + index, 0, *range(500, 800))
+            await next_tokens(large)
+        monkeypatch.setattr(codec, "MAX_FRAME_BYTES", 600)
+        async with succeeded(core) as other:
+            again = await other.hear_request()
+            assert again.handle == second.handle, "of the large one nothing is sent"
+            await other.push_tokens(second.handle, 0, 5, epoch=NEXT)
+            assert await next_tokens(small) == [5]
+            with pytest.raises(RequestFailedError, match="the limit is 600"):
+                while True:
+                    await next_tokens(large)
