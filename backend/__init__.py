@@ -1,4 +1,5 @@
 """The engine core: scheduler, paged KV cache, model runner.
 
-Imports neither asyncio nor `footplate.frontend`. Runs as `python -m footplate.backend`.
+Imports neither asyncio nor `footplate.frontend`. `python -m footplate.backend` is the process that
+engine cores are forked from.
 """

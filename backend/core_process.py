@@ -11,14 +11,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import cast
 
 import msgspec
 import zmq
 
 from footplate.backend import fail_points
+from footplate.backend.address import name_listener
 from footplate.backend.background import Background
 from footplate.backend.cause import describe_cause
 from footplate.backend.discretion import without_places
@@ -66,12 +65,15 @@ FAREWELL_S = 3.0
 LONGEST_SLEEP_S = 3600.0
 
 
-def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> None:
+def run_core(
+    config: CoreConfig, parent: ParentLine, background: Background, asked_at: float
+) -> None:
     """Serve until the parent is gone, a signal comes, or the engine fails. A standby waits before
     that, with its model loaded, until it is promoted.
 
     Args:
         background: in which a standby loads; over when it is promoted.
+        asked_at: when somebody wanted this core, in monotonic seconds.
 
     Raises:
         AddressInUseError: another process holds the address.
@@ -93,7 +95,7 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
                 inbox = Inbox(context, config.address, pulse, suspects, config.security)
             except zmq.ZMQError as error:
                 raise AddressInUseError(
-                    f"cannot listen on {config.address}: {error}{_name_listener(config.address)}"
+                    f"cannot listen on {config.address}: {error}{name_listener(config.address)}"
                 ) from None
             recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
         outbox = Outbox(config.max_unread_bytes)
@@ -101,7 +103,7 @@ def run_core(config: CoreConfig, parent: ParentLine, background: Background) -> 
         try:
             if fail_points.ENABLED:
                 fail_points.reach("start.bound")
-            core = _start(config, inbox, recorder, loaded)
+            core = _start(config, inbox, recorder, asked_at, loaded)
             run_busy_loop(core, inbox, outbox, pulse, recorder)
         except Terminated:
             reason = "the engine was told to end"
@@ -183,6 +185,7 @@ def _start(
     config: CoreConfig,
     inbox: Inbox,
     recorder: FlightRecorder,
+    asked_at: float,
     loaded: MakeRunner | None = None,
 ) -> EngineCore:
     """Everything from a bound address to a core that is ready.
@@ -190,7 +193,7 @@ def _start(
     Args:
         loaded: what a standby has made ready.
     """
-    phases = _PhaseTimer(inbox.announce)
+    phases = _PhaseTimer(inbox.announce, asked_at)
     make_runner = loaded or _load(config, phases.enter)
     runner = make_runner(config.cache, config.scheduler, phases.enter)
     if fail_points.ENABLED:
@@ -334,11 +337,11 @@ def _patience(core: EngineCore, outbox: Outbox) -> float | None:
 class _PhaseTimer:
     """Times the phases of start-up and announces each of them."""
 
-    def __init__(self, announce: Callable[[Progress], None]) -> None:
+    def __init__(self, announce: Callable[[Progress], None], since: float) -> None:
         self._announce = announce
         self._seconds: dict[str, float] = {}
         self._phase = "importing"
-        self._since = time.monotonic()
+        self._since = since
 
     def enter(self, phase: str, fraction: float) -> None:
         """A phase begins, or has come as far as `fraction` (0 to 1)."""
@@ -358,18 +361,3 @@ class _PhaseTimer:
         now = time.monotonic()
         self._seconds[self._phase] = round(now - self._since, 3)
         self._since = now
-
-
-def _name_listener(address: str) -> str:
-    """Who listens on a TCP address, in words; empty where Linux does not tell this user."""
-    port = int(address.rpartition(":")[2]) if address.startswith("tcp://") else -1
-    inodes = set()
-    with suppress(OSError), open("/proc/net/tcp") as table:
-        for fields in map(str.split, table):
-            if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):  # 0A: it listens
-                inodes.add(f"socket:[{fields[9]}]")
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if inodes and os.readlink(descriptor) in inodes:
-                return f" (process {descriptor.parts[2]} does)"
-    return ""

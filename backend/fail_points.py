@@ -186,8 +186,18 @@ _PLAIN_ACTIONS: dict[str, Callable[[], None]] = {
     "segfault": _read_nowhere,
 }
 
-_POINTS = parse(os.environ.get(VARIABLE, ""))
-ENABLED = bool(_POINTS)
+_POINTS: Sequence[FailPoint] = ()
+ENABLED = False
+
+
+def read_environment() -> None:
+    """Heed what the variable says now: that of a process is set after a fork."""
+    global _POINTS, ENABLED
+    _POINTS = parse(os.environ.get(VARIABLE, ""))
+    ENABLED = bool(_POINTS)
+
+
+read_environment()
 
 
 def reach(place: str, requests: Sequence[Request] = ()) -> None:

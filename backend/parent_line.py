@@ -46,9 +46,9 @@ class ParentLine:
         try:
             return self._read()
         except (EOFError, OSError):
-            sys.exit("footplate.backend is started by a supervisor: no configuration on stdin")
+            sys.exit("an engine core is started by a supervisor: no configuration on stdin")
         except msgspec.MsgspecError as error:
-            sys.exit(f"footplate.backend: the configuration on stdin makes no sense: {error}")
+            sys.exit(f"the configuration on stdin makes no sense: {error}")
 
     def watch(self) -> None:
         """Follow the line on a thread of its own from now on, and end with it."""

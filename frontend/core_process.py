@@ -1,14 +1,8 @@
-"""Starts an engine core as a child process, notices its end, ends it.
-
-The child is started by command, never by fork: nothing of this process is copied, no `__main__`
-guard is needed, and it works in notebooks and under any event loop.
-"""
+"""Starts an engine core as a process of its own, notices its end, ends it."""
 
 import os
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,9 +11,10 @@ from typing import IO
 
 import msgspec
 
+from footplate.frontend.fork_server import Child, ForkServer
 from footplate.frontend.shared_memory import SharedMemory
 from footplate.protocol.codec import BadFrameError, core_message_decoder
-from footplate.protocol.config import CoreConfig
+from footplate.protocol.config import WEIGHTS_FILE, CoreConfig
 from footplate.protocol.errors import AddressInUseError, EngineStartError
 from footplate.protocol.messages import STANDING_BY, CoreMessage, Progress, Refused
 
@@ -31,9 +26,9 @@ TERMINATE_TIMEOUT_S = 5.0
 
 
 class CoreProcess:
-    """One engine-core process. Owns the child and its death line.
+    """One engine-core process. Owns the process and its death line.
 
-    When this object is dropped, or this process ends in any way, the child ends too: it sees the
+    When this object is dropped, or this process ends in any way, the core ends too: it sees the
     end of its standard input.
     """
 
@@ -42,65 +37,90 @@ class CoreProcess:
         config: CoreConfig,
         on_exit: Callable[[EngineStartError], object],
         *,
+        fork_server: ForkServer | None = None,
         shared: SharedMemory | None = None,
         on_standing_by: Callable[[], object] = lambda: None,
     ) -> None:
-        """Start the child.
+        """Start the core.
 
         Args:
             config: with `is_standby`, of a core that loads and waits until it is promoted.
-            on_exit: called once, from a thread of its own, when the child has ended without
+            on_exit: called once, from a thread of its own, when the core has ended without
                 `stop`; the error says why, as far as that can be known.
+            fork_server: makes the process; None starts one for this core alone.
             shared: where cores of one model keep what they can share.
             on_standing_by: called once, from that thread, when a standby has loaded all it can.
+
+        Raises:
+            OSError: the system has no room for more processes or pipes.
         """
         self._stopping = threading.Event()
         self._standing_by = threading.Event()
-        file = None if shared is None else shared.file
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "footplate.backend"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # A terminal's Ctrl-C goes to a whole process group; what it means for the core is
-            # this process's decision.
-            start_new_session=True,
-            pass_fds=() if file is None else (file,),
+        self._own_server = ForkServer(config) if fork_server is None else None
+        server = fork_server or self._own_server
+        assert server is not None
+        memory = None if shared is None else shared.file
+        orders, self._orders = _pipe()
+        answers, told = _pipe()
+        with orders, told:
+            files = [orders.fileno(), told.fileno(), *([] if memory is None else [memory])]
+            self._child = server.fork(files)
+        self._send(
+            msgspec.structs.replace(config, weights_file=None if memory is None else WEIGHTS_FILE)
         )
-        self._send(msgspec.structs.replace(config, weights_file=file))
         threading.Thread(
             target=_wait_for_end,
-            args=(self._child, self._stopping, on_exit, self._standing_by, on_standing_by),
+            args=(
+                self._child,
+                answers,
+                self._stopping,
+                on_exit,
+                self._standing_by,
+                on_standing_by,
+            ),
             name="core watcher",
             daemon=True,
         ).start()
-        self._finalizer = weakref.finalize(self, _stop, self._child, self._stopping, os.getpid())
+        self._finalizer = weakref.finalize(
+            self, _stop, self._child, self._orders, self._stopping, self._own_server, os.getpid()
+        )
 
     @property
     def process_id(self) -> int:
-        """The child's pid."""
-        return self._child.pid
+        """The core's pid; waits for it while the fork server still imports.
+
+        Raises:
+            ProcessLookupError: there has never been one.
+        """
+        process_id = self.wait_for_birth()
+        if process_id is None:
+            raise ProcessLookupError("the core ended before there was a process of it")
+        return process_id
+
+    def wait_for_birth(self, timeout_s: float | None = None) -> int | None:
+        """The core's pid, as soon as it has one; None if it has none in time, or ever."""
+        return self._child.wait_for_birth(timeout_s)
 
     @property
     def exit_status(self) -> int | None:
-        """The child's exit status; None while it runs."""
-        return self._child.poll()
+        """The core's exit status; None while it runs."""
+        return self._child.exit_status
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the child, if it still runs."""
+        """Send a signal to the core, if it still runs."""
         self._child.send_signal(number)
 
     def kill(self) -> None:
-        """End the child the hard way and wait until it is gone; `on_exit` is not called."""
+        """End the core the hard way and wait until it is gone; `on_exit` is not called."""
         self._stopping.set()
-        self._child.kill()
+        self._child.send_signal(signal.SIGKILL)
         self._child.wait()
 
     def terminate(self) -> None:
-        """Ask the child to end, and wait a little for it; `on_exit` is not called."""
+        """Ask the core to end, and wait a little for it; `on_exit` is not called."""
         self._stopping.set()
-        self._child.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._child.wait(TERMINATE_TIMEOUT_S)
+        self._child.send_signal(signal.SIGTERM)
+        self._child.wait(TERMINATE_TIMEOUT_S)
 
     @property
     def is_standing_by(self) -> bool:
@@ -115,47 +135,58 @@ class CoreProcess:
         self._send(config)
 
     def stop(self) -> None:
-        """End the child and wait until it is gone. May be called more than once."""
+        """End the core and wait until it is gone. May be called more than once."""
         self._finalizer()
 
     def _send(self, config: CoreConfig) -> None:
-        assert self._child.stdin is not None
         packed = msgspec.msgpack.encode(config)
         with suppress(BrokenPipeError):  # it is gone already; on_exit says why
-            self._child.stdin.write(struct.pack("<I", len(packed)) + packed)
-            self._child.stdin.flush()
+            self._orders.write(struct.pack("<I", len(packed)) + packed)
+            self._orders.flush()
 
 
-def _stop(child: "subprocess.Popen[bytes]", stopping: threading.Event, owner: int) -> None:
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    reading, writing = os.pipe()
+    return os.fdopen(reading, "rb"), os.fdopen(writing, "wb")
+
+
+def _stop(
+    child: Child,
+    orders: IO[bytes],
+    stopping: threading.Event,
+    own_server: ForkServer | None,
+    owner: int,
+) -> None:
     if os.getpid() != owner:
         return  # in a fork of its owner, at whose end finalizers run as well
     stopping.set()
-    assert child.stdin is not None
     with suppress(BrokenPipeError):
-        child.stdin.close()
-    try:
-        child.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
+        orders.close()
+    if not child.is_born or not child.wait(STOP_TIMEOUT_S):
+        child.send_signal(signal.SIGKILL)
         child.wait()
+    if own_server is not None:
+        own_server.stop()
 
 
 def _wait_for_end(
-    child: "subprocess.Popen[bytes]",
+    child: Child,
+    answers: IO[bytes],
     stopping: threading.Event,
     on_exit: Callable[[EngineStartError], object],
     standing_by: threading.Event,
     on_standing_by: Callable[[], object],
 ) -> None:
-    assert child.stdout is not None
     last_words: CoreMessage | None = None
-    with child.stdout:
-        for message in _messages(child.stdout):  # ends when the child does
+    with answers:
+        for message in _messages(answers):
             last_words = message
             if message == Progress(STANDING_BY, 1.0):
                 standing_by.set()
                 on_standing_by()
-    status = child.wait()
+        while answers.read(4096):
+            pass  # what makes no sense; its end is the process's
+    status = child.wait_for_status()
     if not stopping.is_set():
         on_exit(_explain_end(status, last_words))
 

@@ -237,7 +237,7 @@ class Session:
             keys=self._keys,
         )
         welcome = await self._connection.open(timeout_s)
-        if self._supervisor is not None and welcome.process_id != self._supervisor.process_id:
+        if self._supervisor is not None and not await self._supervisor.owns(welcome.process_id):
             # Another core holds the address and has answered; ours is about to find out.
             self._intruded = asyncio.get_running_loop().create_future()
             raise await self._intruded

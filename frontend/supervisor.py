@@ -18,6 +18,7 @@ import msgspec
 
 from footplate.frontend.core_process import CoreProcess
 from footplate.frontend.engine_args import EngineArgs
+from footplate.frontend.fork_server import ForkServer
 from footplate.frontend.oom_kills import count_oom_kills
 from footplate.frontend.restart_budget import RestartBudget
 from footplate.frontend.shared_memory import SharedMemory
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 # How a process ends that others have ended.
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+# For a fork server to make a process, which takes it some milliseconds.
+FORK_TIMEOUT_S = 2.0
 
 
 class _Listener:
@@ -43,8 +48,9 @@ class _Listener:
 
 
 class Supervisor:
-    """Owns the core's process, a spare one if there is to be one, what they share, their private
-    folder, and how often the core may still be replaced. Use from one event loop.
+    """Owns the core's process, a spare one if there is to be one, the fork server that both come
+    from, what they share, their private folder, and how often the core may still be replaced. Use
+    from one event loop.
 
     Args:
         address: where the core listens; None makes a private folder for its socket.
@@ -57,6 +63,7 @@ class Supervisor:
         self._owner_key = owner_key
         self._config: CoreConfig | None = None
         self._budget = RestartBudget(args.max_restarts, args.restart_window_s)
+        self._fork_server: ForkServer | None = None
         self._process: CoreProcess | None = None
         self._listener = _Listener()
         self._shared: SharedMemory | None = None
@@ -66,10 +73,12 @@ class Supervisor:
         self._num_oom_kills = 0  # of the system, when the core was started
         self._folder: weakref.finalize[..., Supervisor] | None = None
 
-    @property
-    def process_id(self) -> int | None:
-        """Of the core; None when none was started."""
-        return None if self._process is None else self._process.process_id
+    async def owns(self, process_id: int) -> bool:
+        """Whether this is the core's process."""
+        if self._process is None:
+            return False
+        # The core may have answered before its fork server has.
+        return process_id == await asyncio.to_thread(self._process.wait_for_birth)
 
     @property
     def has_ended(self) -> bool:
@@ -107,11 +116,16 @@ class Supervisor:
         if spare is not None:
             # First: from now on its end is a core's.
             self._spare_listener.tell = self._listener
-            if spare.exit_status is None:
+            if spare.exit_status is None and spare.wait_for_birth(0):
                 spare.promote(config)
                 self._process = spare
                 return
-        self._process = CoreProcess(config, self._listener, shared=self._shared)
+        self._process = self._make_process(config, self._listener)
+
+    def _make_process(self, config: CoreConfig, listener: _Listener) -> CoreProcess:
+        if self._fork_server is None or not self._fork_server.is_alive:
+            self._fork_server = ForkServer(config)
+        return CoreProcess(config, listener, fork_server=self._fork_server, shared=self._shared)
 
     def stand_by(self) -> None:
         """The core serves: time to make a spare one ready, if there is to be one."""
@@ -121,7 +135,7 @@ class Supervisor:
             self._spare_listener.tell = _log_end_of_spare
             config = msgspec.structs.replace(self._config, is_standby=True)
             try:
-                self._spare = CoreProcess(config, self._spare_listener, shared=self._shared)
+                self._spare = self._make_process(config, self._spare_listener)
             except OSError as error:  # too many processes, or no memory for one: none is spare
                 logger.warning("no spare engine core can be started: %s", error)
 
@@ -148,7 +162,21 @@ class Supervisor:
         await asyncio.to_thread(self._process.kill)
         has_crashed = has_failed or self._has_crashed()
         await asyncio.sleep(delay_s)
+        server = self._fork_server
+        knows_how = server is not None and server.is_ready
         self._launch(has_crashed=has_crashed)
+        if knows_how and not await asyncio.to_thread(self._process.wait_for_birth, FORK_TIMEOUT_S):
+            logger.warning("the fork server makes no process within %g s", FORK_TIMEOUT_S)
+            await asyncio.to_thread(self._end_fork_server)
+            self._launch(has_crashed=has_crashed)
+
+    def _end_fork_server(self) -> None:
+        """End one that is stopped or hung, and the core that it does not make."""
+        if self._process is not None:
+            self._process.kill()
+        if self._fork_server is not None:
+            self._fork_server.stop()
+            self._fork_server = None
 
     def _has_crashed(self) -> bool:
         """Whether the core ended by itself. A hung one was ended by us, and not for nothing; and
@@ -187,6 +215,9 @@ class Supervisor:
             if process is not None:
                 process.stop()
         self._process = self._spare = None
+        if self._fork_server is not None:
+            self._fork_server.stop()
+            self._fork_server = None
         if self._shared is not None:
             self._shared.close()
             self._shared = None

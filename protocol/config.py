@@ -103,6 +103,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     long_prefill_token_threshold: int = 0
 
 
+# The first behind standard input, output and errors.
+WEIGHTS_FILE = 3
+
+
 class SecurityConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Who may come in over tcp; over ipc it is whoever may enter the socket's folder.
 
@@ -132,8 +136,8 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         security: who may come in.
         is_standby: load, take no address and no memory for a KV cache, and wait to be promoted by
             a second configuration, in which this is False.
-        weights_file: an inherited file descriptor, of memory for packed weights that the cores of
-            one engine share; None where there is none.
+        weights_file: a file descriptor that the core is given (`WEIGHTS_FILE`), of memory for
+            packed weights that the cores of one engine share; None where there is none.
         max_unread_bytes: how much one client may leave unread before it is dismissed.
     """
 

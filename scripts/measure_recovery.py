@@ -43,11 +43,12 @@ async def find_standby(serving: int) -> int:
     """The standby's process, once it has loaded and does nothing any more."""
     deadline = time.monotonic() + STANDBY_TIMEOUT_S
     before = -1.0
+    (server,) = psutil.Process().children()
     while time.monotonic() < deadline:
-        children = [child for child in psutil.Process().children() if child.pid != serving]
-        cpu_s = sum(sum(child.cpu_times()[:2]) for child in children)
-        if children and cpu_s == before:
-            return int(children[0].pid)
+        standbys = [child for child in server.children() if child.pid != serving]
+        cpu_s = sum(sum(child.cpu_times()[:2]) for child in standbys)
+        if standbys and cpu_s == before:
+            return int(standbys[0].pid)
         before = cpu_s
         await asyncio.sleep(STANDBY_IDLE_S)
     raise TimeoutError("there is no standby")
@@ -72,14 +73,15 @@ async def fill_cache(engine: AsyncLLMEngine, num_tokens: int) -> None:
 async def measure_kill(
     args: EngineArgs, prompt_tokens: int, cached_tokens: int
 ) -> tuple[float, int, int]:
-    """Seconds from the kill to the next token, PSS of the core, and of its standby (or 0)."""
+    """Seconds from the kill to the next token, PSS of the core with the fork server, and of its
+    standby (or 0)."""
     async with AsyncLLMEngine(args) as engine:
         serving = engine.process_id
         assert serving is not None
         await fill_cache(engine, cached_tokens)
         model = await engine.get_model_config()
         standby = await find_standby(serving) if args.standby else None
-        core_bytes = pss_bytes(serving)
+        core_bytes = pss_bytes(serving) + pss_bytes(psutil.Process().children()[0].pid)
         standby_bytes = 0 if standby is None else pss_bytes(standby)
         params = SamplingParams(max_tokens=64, ignore_eos=True, temperature=0, detokenize=False)
         (prompt,) = prompts(prompt_tokens, prompt_tokens, model.vocab_size)

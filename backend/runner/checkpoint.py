@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from footplate.backend.runner.errors import ModelLoadError, one_line
@@ -111,6 +111,16 @@ def load_config(folder: Path) -> Any:
                 "model, or install a release that knows it"
             ) from error
         raise ModelLoadError(f"{file}: {one_line(error)}") from error
+
+
+def import_architecture(folder: Path) -> None:
+    """Have the code at hand that `load_model` will run.
+
+    Raises:
+        ModelLoadError: see `load_config`.
+        KeyError: no causal language model is made of this configuration.
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(load_config(folder))]
 
 
 def wants_code(folder: Path) -> bool:

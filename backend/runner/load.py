@@ -1,8 +1,10 @@
 """From a model's name to what makes its runner. Imports torch only for models that need it."""
 
 import os
+import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from footplate.backend.kernels import build
@@ -15,6 +17,23 @@ from footplate.protocol.config import CacheConfig, ModelConfig, SchedulerConfig
 from footplate.protocol.errors import EngineStartError
 
 DEMO_MODEL = Path(__file__).parent.parent / "models" / "demo"
+
+
+def import_ahead(model: ModelConfig) -> None:
+    """Import what `prepare_runner` will need, and compile the kernels, once in a process. Quietly:
+    `prepare_runner` says what is wrong. Leaves no thread behind."""
+    if model.model == "fake" or "torch" in sys.modules:
+        return
+    # On the very first start the compiler takes longer than these imports, on a core of its own.
+    ahead = (build.cache_folder(os.environ),)
+    compiling = threading.Thread(target=build.compile_ahead, args=ahead, daemon=True)
+    compiling.start()
+    with suppress(Exception):
+        from footplate.backend.runner.checkpoint import find_folder, import_architecture
+        from footplate.backend.runner.model_runner import prepare_model_runner  # noqa: F401
+
+        import_architecture(find_folder(model.model))
+    compiling.join()
 
 
 def prepare_runner(
@@ -48,12 +67,10 @@ def prepare_runner(
             model, cache, DEMO_MODEL, processors
         )
     on_progress("importing torch", 0.0)
-    # On the very first start the compiler takes longer than these imports, on a core of its own.
-    ahead = (build.cache_folder(os.environ),)
-    threading.Thread(target=build.compile_ahead, args=ahead, daemon=True).start()
     touched = (
         None if is_standby else TouchedMemory(cache.kv_cache_memory_bytes or MAX_DEFAULT_HOST_BYTES)
     )
+    import_ahead(model)
     try:
         from footplate.backend.runner.model_runner import prepare_model_runner
     except ModuleNotFoundError as error:

@@ -1,6 +1,7 @@
 """What a core says when it is ready, and how long its loop may sleep."""
 
 import gc
+import time
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -66,7 +67,7 @@ def test_the_core_tells_and_keeps_what_requests_may_ask_for() -> None:
     inbox = Announcements()
     requests = RequestConfig(max_num_queued_reqs=0, max_logprobs=7)
     config = CoreConfig(address="", model=ModelConfig(model="fake"), requests=requests)
-    core = _start(config, cast(Inbox, inbox), FlightRecorder(None, 1))
+    core = _start(config, cast(Inbox, inbox), FlightRecorder(None, 1), time.monotonic())
     gc.unfreeze()
     welcome = inbox.said[-1]
     assert isinstance(welcome, Welcome)

@@ -84,13 +84,14 @@ asyncio.run(main())
 
 @pytest.mark.chaos
 def test_a_machine_that_slept_wakes_up_to_an_engine_that_works(ledger: Ledger) -> None:
-    """Both processes stop for longer than what would count as hung, and go on."""
+    """All processes stop for longer than what would count as hung, and go on."""
     ledger.fail("runner.execute:sleep=0.001")
     process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "streaming\n"
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
         for member in family:
             member.send_signal(signal.SIGSTOP)
         time.sleep(2.0)

@@ -217,7 +217,8 @@ async def test_a_killed_application_takes_its_core_along(folder: Path) -> None:
     )
     assert process.stdout is not None
     assert await process.stdout.readline() == b"streaming\n"
-    [core] = psutil.Process(process.pid).children()
+    server, core = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     await process.wait()
     await asyncio.to_thread(core.wait, 2.0)
+    await asyncio.to_thread(server.wait, 2.0)

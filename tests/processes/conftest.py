@@ -104,7 +104,7 @@ class Program:
 
     @property
     def children(self) -> list[int]:
-        return [child.pid for child in psutil.Process(self.process.pid).children()]
+        return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
 
 @pytest.fixture
@@ -196,6 +196,7 @@ def start_core(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartC
                 program.chmod(0o700)
                 patch.setattr(sys, "executable", str(program))
             process = CoreProcess(config, ends.put, shared=shared, on_standing_by=standing_by.set)
+        assert process.wait_for_birth(PATIENCE_S)
         cores.append(Core(address, private, process, ends, gate, config, standing_by))
         return cores[-1]
 

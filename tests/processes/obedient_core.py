@@ -1,5 +1,5 @@
-"""An engine core whose model does what a test says. A program: it stands in for
-`python -m footplate.backend`, and everything around the model runner is the real thing."""
+"""An engine core whose model does what a test says. A program: it stands in for the fork server,
+and everything around the model runner is the real thing."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from footplate.backend import core_process, inbox
-from footplate.backend.__main__ import main
+from footplate.backend.fork_server import main
 from footplate.backend.logits.processor import LogitsProcessor
 from footplate.backend.runner.fake import FakeModelRunner
 from footplate.backend.runner.load import DEMO_MODEL
@@ -97,6 +97,4 @@ def obey(mode: str, gate: str) -> None:
 
 if __name__ == "__main__":
     obey(*sys.argv[1:3])
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)
+    main()

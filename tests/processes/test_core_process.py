@@ -194,7 +194,7 @@ async def test_a_client_that_waits_for_a_start_hears_why_it_failed(
 )
 def test_a_core_without_configuration_ends_at_once_and_says_so(stdin: bytes) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "footplate.backend"],
+        [sys.executable, "-m", "footplate.backend.main"],
         input=stdin,
         capture_output=True,
         timeout=PATIENCE_S,
@@ -202,6 +202,13 @@ def test_a_core_without_configuration_ends_at_once_and_says_so(stdin: bytes) -> 
     assert done.returncode != 0
     assert done.stdout == b""
     assert b"configuration" in done.stderr
+
+
+def test_a_fork_server_without_a_supervisor_ends_at_once_and_says_so() -> None:
+    command = [sys.executable, "-m", "footplate.backend"]
+    done = subprocess.run(command, input=b"", capture_output=True, timeout=PATIENCE_S)
+    assert done.returncode == 1
+    assert b"started by a supervisor" in done.stderr
 
 
 def test_a_core_that_dies_of_a_signal_while_it_starts_is_explained(
@@ -419,9 +426,9 @@ def test_a_killed_application_takes_its_core_and_every_file_along(
 ) -> None:
     program = run(HERE / "client_program.py", moment, folder)
     program.line_with(moment)
+    # A fork server, and soon a core.
     assert in_time(lambda: program.children)
     children = program.children
-    assert len(children) == 1
     assert files_in(folder) != []
     program.signal(number)
     assert in_time(lambda: all(map(is_gone, children)), seconds=2)

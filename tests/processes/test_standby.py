@@ -133,7 +133,7 @@ def test_a_standby_does_not_take_the_address_of_a_live_core(start_core: StartCor
 
 def test_a_promotion_that_makes_no_sense_ends_it_and_is_the_error(start_core: StartCore) -> None:
     core = start_core(is_standby=True)
-    pipe = core.process._child.stdin
+    pipe = core.process._orders
     assert pipe is not None
     pipe.write(struct.pack("<I", 3) + b"\xc1\xc1\xc1")
     pipe.flush()
@@ -159,7 +159,7 @@ def test_the_end_of_its_parent_is_its_end_at_any_moment(
     moment: str, folder: Path, start_core: StartCore
 ) -> None:
     core = start_core("load waits" if moment == "loading" else None, is_standby=True)
-    pipe = core.process._child.stdin
+    pipe = core.process._orders
     assert pipe is not None
     if moment == "loading":
         reached = core.folder.with_name(f"{core.folder.name}.gate.reached")
@@ -182,7 +182,7 @@ def test_the_end_of_the_parent_is_not_kept_waiting_by_imports(folder: Path) -> N
     config = EngineArgs(model=str(folder)).core_config(f"ipc://{folder}/engine.sock")
     packed = msgspec.msgpack.encode(config)
     process = subprocess.Popen(
-        [sys.executable, "-m", "footplate.backend"],
+        [sys.executable, "-m", "footplate.backend.main"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,0 +1,51 @@
+"""Whether somebody listens on an address already, and who."""
+
+import errno
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from footplate.protocol.links import ipc_path, tcp_host_and_port
+
+
+def is_free(address: str) -> bool:
+    """Whether a core could probably listen there. A guess, which leaves no trace: only taking it
+    makes sure."""
+    path = ipc_path(address)
+    return _is_port_free(*tcp_host_and_port(address)) if path is None else _is_path_free(path)
+
+
+def _is_path_free(path: Path) -> bool:
+    try:
+        holder = int(path.with_name(f"{path.name}.lock").read_text())
+        os.kill(holder, 0)
+    except (OSError, ValueError):
+        return True  # no lock, or one that nobody holds any more
+    return False
+
+
+def _is_port_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if host == "*" else host, port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def name_listener(address: str) -> str:
+    """Who listens on a TCP address, in words; empty where Linux does not tell this user."""
+    port = int(address.rpartition(":")[2]) if address.startswith("tcp://") else -1
+    inodes = set()
+    with suppress(OSError), open("/proc/net/tcp") as table:
+        for fields in map(str.split, table):
+            if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):  # 0A: it listens
+                inodes.add(f"socket:[{fields[9]}]")
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if inodes and os.readlink(descriptor) in inodes:
+                return f" (process {descriptor.parts[2]} does)"
+    return ""
