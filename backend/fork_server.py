@@ -92,7 +92,8 @@ class ForkServer:
             self._files.remove_all()
 
     def _prepare(self, config: CoreConfig) -> None:
-        self._files = CoreFiles(config)
+        # A standby's are those of the core that serves.
+        self._files = None if config.is_standby else CoreFiles(config)
         if not is_free(config.address):
             return  # the core is about to say so: it need not have torch for that
         with _watched(self._link, self.leave_nothing):

@@ -167,15 +167,15 @@ class Supervisor:
         self._launch(has_crashed=has_crashed)
         if knows_how and not await asyncio.to_thread(self._process.wait_for_birth, FORK_TIMEOUT_S):
             logger.warning("the fork server makes no process within %g s", FORK_TIMEOUT_S)
-            await asyncio.to_thread(self._end_fork_server)
+            await asyncio.to_thread(self._kill_fork_server)
             self._launch(has_crashed=has_crashed)
 
-    def _end_fork_server(self) -> None:
+    def _kill_fork_server(self) -> None:
         """End one that is stopped or hung, and the core that it does not make."""
         if self._process is not None:
             self._process.kill()
         if self._fork_server is not None:
-            self._fork_server.stop()
+            self._fork_server.kill()
             self._fork_server = None
 
     def _has_crashed(self) -> bool:

@@ -18,8 +18,9 @@ from .test_recovery import PATIENT, core_after, progress_of, under_load
 
 
 def server_of(engine: AsyncLLMEngine) -> int:
-    (server,) = psutil.Process().children()
-    assert engine.process_id in [child.pid for child in server.children()]
+    server = psutil.Process(engine.process_id).parent()
+    assert server is not None
+    assert server.ppid() == os.getpid()
     return int(server.pid)
 
 

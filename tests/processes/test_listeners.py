@@ -83,7 +83,7 @@ def test_a_default_launch_listens_on_one_file(
     program = run("-m", "footplate.frontend.launch", "--model", "fake")
     program.line_with(" ready in ")
     processes = [program.process.pid, *program.children]
-    assert len(processes) == 2
+    assert len(processes) == 3
     expected = {f"{folder}/footplate/engine.sock"}
     # Whoever waited for the core is a client, until it has closed its own socket.
     assert {path for path in listeners(processes) if not path.startswith(f"{folder}/")} == set()

@@ -37,7 +37,11 @@ WATCHED = {
     *STARTS_PROCESSES, "marshal.loads", "marshal.load", "pickle.find_class", "compile", "exec",
     "os.system", "os.exec", "os.spawn", "pty.spawn", "socket.bind",
 }  # fmt: skip
-PROCESSES = ("footplate.frontend.core_process", "footplate.backend.kernels.build")
+PROCESSES = (
+    "footplate.frontend.fork_server",
+    "footplate.backend.fork_server",
+    "footplate.backend.kernels.build",
+)
 
 
 def report(event: str, detail: object, frame: FrameType | None) -> None:
