@@ -20,8 +20,9 @@ from footplate.frontend.outputs import RequestOutput
 from footplate.frontend.prompts import Prompt, parse_prompt, resolve_max_tokens
 from footplate.frontend.request_preparation import RequestPreparation
 from footplate.frontend.request_schedule import RequestSchedule
-from footplate.frontend.session import ProgressCallback, RestartCallback, Session
+from footplate.frontend.session import ProgressCallback, Session
 from footplate.frontend.stream import RequestStream
+from footplate.frontend.succession import RestartCallback
 from footplate.frontend.supervisor import Supervisor
 from footplate.frontend.text import Tokenizer
 from footplate.protocol.bounds import MAX_INT, require_bool, require_int, require_number

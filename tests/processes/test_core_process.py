@@ -257,7 +257,7 @@ async def test_a_killed_core_leaves_no_file_and_no_trace_in_the_next_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience_s = 0.2
-    monkeypatch.setattr("footplate.frontend.session.OWN_CORE_EXIT_S", patience_s)
+    monkeypatch.setattr("footplate.frontend.core_link.OWN_CORE_EXIT_S", patience_s)
     private = folder / "private"
 
     def make_private_dir() -> Path:
