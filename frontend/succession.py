@@ -112,7 +112,7 @@ class Succession:
                 self._link.send(message)
             except MessageTooLargeError as error:  # its output has grown too large for a message
                 self._client.fail(message.handle, RequestFailedError(str(error)))
-        for call in self._calls.messages:
+        for call in self._calls.replay():
             self._link.send(call)
         return len(messages)
 
