@@ -289,12 +289,14 @@ class AsyncLLMEngine:
 
     @property
     def engine_restarts(self) -> int:
-        """How often a core has been replaced."""
+        """How often a core has been replaced: another process serves since. A core that is only
+        connected to again does not count, nor does `replace_core`."""
         return self._session.num_restarts
 
     @property
     def requests_replayed(self) -> int:
-        """How many requests were given to another core, all restarts together."""
+        """How many requests were sent again, to another core or over another connection, so that
+        they went on: each as often as that."""
         return self._session.num_replayed
 
     @property

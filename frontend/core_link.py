@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from footplate.frontend.connection import Connection
 from footplate.frontend.core_watch import CoreWatch
-from footplate.frontend.loss import Loss
+from footplate.frontend.loss import Loss, LossKind
 from footplate.frontend.supervisor import Supervisor
 from footplate.frontend.watchdog import Patience, Verdict
 from footplate.frontend.weak_callbacks import weakly
@@ -77,6 +77,11 @@ class CoreLink:
     def is_own(self) -> bool:
         """Whether the core is a child of this process, to be replaced by it."""
         return self._supervisor is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a core of our own has ended, and no other has taken its place."""
+        return self._supervisor is not None and self._supervisor.has_ended
 
     @property
     def start_timeout_s(self) -> float:
@@ -186,11 +191,12 @@ class CoreLink:
         elif self._connection is not None:
             self._connection.refuse(EngineStartError(loss.cause))
 
-    def _on_connection_lost(self, cause: str) -> None:
+    def _on_connection_lost(self, loss: Loss) -> None:
         # The end of a core of our own is explained better, and about as fast, by its process.
-        patience_s = 0.0 if self._supervisor is None else OWN_CORE_EXIT_S
+        waits = self._supervisor is not None and loss.kind is LossKind.GONE
         loop, lose = asyncio.get_running_loop(), weakly(self.lose)
-        self._losing = self._losing or loop.call_later(patience_s, lose, Loss(cause))
+        delay_s = OWN_CORE_EXIT_S if waits else 0.0
+        self._losing = self._losing or loop.call_later(delay_s, lose, loss)
 
     def _make_exit_callback(self) -> Callable[[EngineStartError], None]:
         loop, tell = asyncio.get_running_loop(), weakly(self._on_core_exit)

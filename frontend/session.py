@@ -134,12 +134,12 @@ class Session:
 
     @property
     def num_restarts(self) -> int:
-        """Cores that have been replaced."""
+        """See `AsyncLLMEngine.engine_restarts`."""
         return self._succession.num_restarts
 
     @property
     def num_replayed(self) -> int:
-        """Requests that were given to another core, all restarts together."""
+        """See `AsyncLLMEngine.requests_replayed`."""
         return self._succession.num_replayed
 
     def require_serving(self) -> None:

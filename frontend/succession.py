@@ -32,6 +32,7 @@ from footplate.protocol.messages import StepOutputs, Welcome
 logger = logging.getLogger(__name__)
 
 REATTACH_S = 0.05  # from one attempt to the next
+TAKE_BACK_S = 2.0  # a core that serves others answers a Hello at once, during a step as well
 
 RestartCallback = Callable[[Restart], None]
 
@@ -41,7 +42,8 @@ class Succession:
     each of them every live request and control call, or ends all of them when no other comes.
 
     Attributes:
-        num_restarts: cores that have been replaced, and not on request.
+        num_restarts: cores that have been replaced, and not on request. One that is only connected
+            to again is none of them.
     """
 
     def __init__(
@@ -157,11 +159,12 @@ class Succession:
                 self.die(EngineDeadError(f"the engine core cannot be replaced: {error!r}"))
 
     async def _recover(self, loss: Loss) -> None:
-        assert self._welcome is not None
+        before = self._welcome
+        assert before is not None
         since = time.monotonic()
         try:
-            welcome = await self._next_core(loss)
-            require_same_model(self._welcome.model, welcome.model)
+            welcome, cause = await self._next_core(loss)
+            require_same_model(before.model, welcome.model)
         except EngineError as error:
             self.die(error)
             return
@@ -169,25 +172,52 @@ class Succession:
             logger.exception("the engine core cannot be replaced")
             self.die(EngineDeadError(f"{loss.cause}; it could not be replaced: {error!r}"))
             return
-        num_replayed = self.go_on(welcome, loss.cause)
-        self.num_restarts += 1
+        num_replayed = self.go_on(welcome, cause)
         seconds = time.monotonic() - since
+        if welcome.epoch != before.epoch:
+            self._report_restart(cause, num_replayed, seconds)
+            return
+        logger.warning(
+            "the engine core is the same, connected to again in %.2f s, %d requests go on in it; "
+            "the connection before: %s",
+            seconds,
+            num_replayed,
+            cause,
+        )
+
+    def _report_restart(self, cause: str, num_replayed: int, seconds: float) -> None:
+        self.num_restarts += 1
         logger.warning(
             "engine core replaced in %.2f s, %d requests go on in it; the one before: %s",
             seconds,
             num_replayed,
-            loss.cause,
+            cause,
         )
         if self._on_restart is not None:
             try:
-                self._on_restart(Restart(loss.cause, self.num_restarts, num_replayed, seconds))
+                self._on_restart(Restart(cause, self.num_restarts, num_replayed, seconds))
             except Exception:
                 logger.exception("the callback on_restart failed")
 
-    async def _next_core(self, loss: Loss) -> Welcome:
-        if not self._link.is_own:
-            return await self._attach_again(loss.cause)
-        return await self._start_another(loss.cause, has_failed=loss.kind is LossKind.FAILED)
+    async def _next_core(self, loss: Loss) -> tuple[Welcome, str]:
+        """Find the core that streams go on in, the same or another, and why they had to."""
+        cause = loss.cause
+        if loss.kind is LossKind.DISMISSED and not self._recovery.has_heard:
+            # It cannot tell us anything, and would dismiss us again and again.
+            cause += ", before any output had come over the connection"
+            if not self._link.is_own:
+                raise EngineDeadError(f"{cause}: it is of no use to connect to it again")
+        elif not self._link.is_own:
+            return await self._attach_again(cause), cause
+        elif loss.kind is LossKind.DISMISSED and not self._link.has_ended:
+            # It was our own fault: its model and its cache are as good as before.
+            try:
+                return await self._link.connect(TAKE_BACK_S), cause
+            except EngineStartError as error:
+                self._link.disconnect()
+                cause += f", and the engine core did not take the client back: {error}"
+        has_failed = loss.kind is LossKind.FAILED
+        return await self._start_another(cause, has_failed=has_failed), cause
 
     async def _start_another(self, cause: str, *, has_failed: bool) -> Welcome:
         had_served = True
