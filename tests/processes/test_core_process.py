@@ -3,6 +3,7 @@
 import asyncio
 import os
 import queue
+import shutil
 import signal
 import struct
 import subprocess
@@ -184,7 +185,9 @@ async def test_a_client_that_waits_for_a_start_hears_why_it_failed(
 ) -> None:
     core = start_core("step waits")
     core.process.stop()
-    # Nobody is left to refuse it; the folder went with the core.
+    # Nobody is left to refuse it; the folder went with the core, or goes with its owner if that had
+    # to end it the hard way.
+    shutil.rmtree(core.folder, ignore_errors=True)
     engine = AsyncLLMEngine.connect(core.address)
     assert "no engine listens" in str(await error_of(engine.start()))
 
