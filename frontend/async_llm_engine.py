@@ -20,8 +20,9 @@ from footplate.frontend.outputs import RequestOutput
 from footplate.frontend.prompts import Prompt, parse_prompt, resolve_max_tokens
 from footplate.frontend.request_preparation import RequestPreparation
 from footplate.frontend.request_schedule import RequestSchedule
-from footplate.frontend.session import ProgressCallback, RestartCallback, Session
+from footplate.frontend.session import ProgressCallback, Session
 from footplate.frontend.stream import RequestStream
+from footplate.frontend.succession import RestartCallback
 from footplate.frontend.supervisor import Supervisor
 from footplate.frontend.text import Tokenizer
 from footplate.protocol.bounds import MAX_INT, require_bool, require_int, require_number
@@ -288,12 +289,14 @@ class AsyncLLMEngine:
 
     @property
     def engine_restarts(self) -> int:
-        """How often a core has been replaced."""
+        """How often a core has been replaced: another process serves since. A core that is only
+        connected to again does not count, nor does `replace_core`."""
         return self._session.num_restarts
 
     @property
     def requests_replayed(self) -> int:
-        """How many requests were given to another core, all restarts together."""
+        """How many requests were sent again, to another core or over another connection, so that
+        they went on: each as often as that."""
         return self._session.num_replayed
 
     @property

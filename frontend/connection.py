@@ -17,6 +17,7 @@ from typing import cast
 import zmq
 
 from footplate.frontend.link_keys import new_key_pair, own_host
+from footplate.frontend.loss import Loss, LossKind
 from footplate.protocol.codec import (
     MAX_FRAME_BYTES,
     MAX_FRAMES,
@@ -70,15 +71,15 @@ class Connection:
         address: str,
         session: bytes,
         on_messages: Callable[[list[CoreMessage]], None],
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[Loss], None],
         on_progress: Callable[[Progress], None],
         keys: ClientKeys | None = None,
     ) -> None:
         """Args:
         session: names this client to the core beyond this connection.
         on_messages: called with all that one wake-up of the event loop brought, in order.
-        on_lost: called with the reason when the core has closed the link, or serves us no
-            longer. While `open` waits it goes on waiting, until it is told to `refuse`.
+        on_lost: called once, behind all that came, when the core has closed the link, or serves
+            us no longer. While `open` waits it goes on waiting, until it is told to `refuse`.
         keys: of an encrypted link. Without, it stays on this machine.
 
         Raises:
@@ -103,7 +104,7 @@ class Connection:
         self._decode = core_message_decoder().decode
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._refusal: EngineStartError | None = None
-        self._lost = False
+        self._lost: Loss | None = None
         self._has_ended = False
         self._num_feeds = 0  # connections by which outputs come
         self._unsent: deque[list[bytes]] = deque()
@@ -314,8 +315,9 @@ class Connection:
                     self._on_messages([message])
                 case Welcome() if not self._welcome.done():
                     self._welcome.set_result(message)
-                case Refused(reason=reason) if self._welcome.done():
-                    self._report_loss(reason)
+                case Refused(kind=kind, reason=reason) if self._welcome.done():
+                    is_dismissal = kind == "dismissed"
+                    self._lose(Loss(reason, LossKind.DISMISSED if is_dismissal else LossKind.GONE))
                 case Refused(kind=kind, reason=reason):
                     error = ProtocolMismatchError if kind == "protocol" else EngineStartError
                     self.refuse(error(reason))
@@ -345,7 +347,7 @@ class Connection:
         with suppress(zmq.Again):
             while not self._monitor.closed:
                 event, _ = MONITOR_EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
-                self._lost = True
+                self._lost = self._lost or Loss("the engine core closed the connection")
                 if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                     self.refuse(
                         KeyRefusedError(
@@ -354,9 +356,14 @@ class Connection:
                         )
                     )
         if self._lost:
-            # Its last words come by the other sockets. A core that ends closes this one first.
-            self._loop.call_later(LAST_WORDS_S, self._end)
-            self._read_feed_monitor()
+            self._lose(self._lost)
+
+    def _lose(self, loss: Loss) -> None:
+        self._lost = loss
+        # Its last words come by the other sockets. A core that ends closes this one first, and one
+        # that dismisses us says so first.
+        self._loop.call_later(LAST_WORDS_S, self._end)
+        self._read_feed_monitor()
 
     def _read_feed_monitor(self) -> None:
         with suppress(zmq.Again):
@@ -368,18 +375,15 @@ class Connection:
 
     def _end(self) -> None:
         """All that is going to come has come."""
-        if self._has_ended:
+        if self._has_ended or self._lost is None:
             return
         self._has_ended = True
         for socket, read in ((self._dealer, self._read_dealer), (self._pull, self._read_pull)):
             while not socket.closed and cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 read()
-        self._report_loss("the engine core closed the connection")
-
-    def _report_loss(self, reason: str) -> None:
-        # What was read just before may have had this connection closed, and another opened.
+        # What was read just now may have had this connection closed, and another opened.
         if self._finalizer.alive:
-            self._on_lost(reason)
+            self._on_lost(self._lost)
 
 
 def _require_place(folder: Path, address: str) -> None:

@@ -1,8 +1,11 @@
 """Control calls: a message to the core, and its answer."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from footplate.protocol.errors import EngineError
 from footplate.protocol.messages import ControlReply, Drain, GetStats, ResetPrefixCache
@@ -13,24 +16,31 @@ ControlCall = ResetPrefixCache | GetStats | Drain
 @dataclass(frozen=True, slots=True)
 class _Pending:
     message: ControlCall
+    since: float
     reply: "asyncio.Future[ControlReply]"
 
 
 class ControlCalls:
     """Owns the calls that wait for an answer. They outlive a core: none of them does any harm when
-    it is made twice."""
+    it is made twice.
 
-    def __init__(self) -> None:
+    Args:
+        clock: monotonic, seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._pending: dict[int, _Pending] = {}
         self._num_calls = 0
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    @property
-    def messages(self) -> list[ControlCall]:
-        """What the core has not answered, in order."""
-        return [pending.message for pending in self._pending.values()]
+    def replay(self) -> list[ControlCall]:
+        """What to ask another core, in order: all that the one before has not answered. A drain
+        has what is left of its time."""
+        now = self._clock()
+        return [_as_of(pending, now) for pending in self._pending.values()]
 
     async def call(
         self, make: Callable[[int], ControlCall], send: Callable[[ControlCall], None]
@@ -46,7 +56,7 @@ class ControlCalls:
         self._num_calls += 1
         message = make(self._num_calls)
         reply: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
-        self._pending[message.call] = _Pending(message, reply)
+        self._pending[message.call] = _Pending(message, self._clock(), reply)
         try:
             send(message)
             return await reply
@@ -64,3 +74,11 @@ class ControlCalls:
         for pending in self._pending.values():
             if not pending.reply.done():
                 pending.reply.set_exception(error)
+
+
+def _as_of(pending: _Pending, now: float) -> ControlCall:
+    message = pending.message
+    if isinstance(message, Drain) and message.timeout_s is not None:
+        passed_s = now - pending.since
+        return replace(message, timeout_s=max(0.0, message.timeout_s - passed_s))
+    return message

@@ -89,7 +89,7 @@ class EngineArgs:
 
     max_unread_bytes: int = 64 * 2**20
     """Most bytes that wait in the engine core for a client that does not read; beyond that it is
-    dismissed, and its requests are aborted."""
+    dismissed. When it reads again, it connects again, and its requests are sent once more."""
 
     lease_s: float = 60.0
     """How long a detachable request, running or ended, is kept for a client that is not there, in

@@ -18,17 +18,21 @@ class Recovery:
 
     Attributes:
         num_replayed: messages by which requests went on in another core, or by another connection.
+        has_heard: outputs have come since the last welcome.
     """
 
     def __init__(self, client: EngineClient) -> None:
         self.num_replayed = 0
+        self.has_heard = False
         self._client = client
         self._quarantine = Quarantine()
         self._epoch: int | None = None
 
     def accepts(self, outputs: StepOutputs) -> bool:
-        """Whether they are of the core that the client listens to."""
-        return outputs.epoch == self._epoch
+        """Take note of outputs; whether they are of the core that the client listens to."""
+        is_ours = outputs.epoch == self._epoch
+        self.has_heard |= is_ours
+        return is_ours
 
     def welcome(
         self, welcome: Welcome, now: float, cause: str = ""
@@ -39,6 +43,7 @@ class Recovery:
             now: monotonic seconds.
             cause: why the core before it ended, for those that are to blame for it.
         """
+        self.has_heard = False
         # A core that is the same still tells of the end of the one before it.
         if welcome.epoch != self._epoch:
             self._epoch = welcome.epoch

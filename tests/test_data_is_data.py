@@ -39,7 +39,8 @@ ALLOWED_FOLDERS = {
 WIRE_READERS = (
     "protocol/codec.py", "protocol/messages.py", "backend/inbox.py", "backend/gatekeeper.py",
     "backend/core_process.py", "backend/engine_core.py", "backend/outbox.py",
-    "frontend/connection.py", "frontend/session.py", "frontend/engine_client.py",
+    "frontend/connection.py", "frontend/core_link.py", "frontend/session.py",
+    "frontend/succession.py", "frontend/engine_client.py",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from footplate.protocol.messages import (
     ModelFacts,
     Ping,
     Pong,
+    Refused,
     StepOutputs,
     Welcome,
 )
@@ -76,6 +77,15 @@ class ScriptedCore:
     def close_router(self) -> None:
         """The first thing that a core does when it ends."""
         self._router.close(linger=0)
+
+    def close_push(self) -> None:
+        """What has been pushed is still delivered."""
+        self._push.close(linger=1000)
+
+    async def dismiss(self, reason: str) -> None:
+        """Serve the client no longer."""
+        await self.answer(Refused("dismissed", reason))
+        self.close_push()
 
     async def hear(self) -> ClientMessage:
         """The client's next message; pings are answered in passing, by a core that is idle."""

@@ -12,6 +12,7 @@ import pytest
 
 from footplate.frontend import connection as connection_module
 from footplate.frontend.connection import MAX_MESSAGES_PER_TURN, Connection
+from footplate.frontend.loss import Loss, LossKind
 from footplate.protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES
 from footplate.protocol.errors import (
     EngineStartError,
@@ -45,7 +46,7 @@ class Ear:
 
     def __init__(self) -> None:
         self.messages: list[CoreMessage] = []
-        self.losses: list[str] = []
+        self.losses: list[Loss] = []
         self.progress: list[Progress] = []
         self._news = asyncio.Event()
 
@@ -56,8 +57,8 @@ class Ear:
         self.messages += messages
         self._news.set()
 
-    def _on_lost(self, cause: str) -> None:
-        self.losses.append(cause)
+    def _on_lost(self, loss: Loss) -> None:
+        self.losses.append(loss)
         self._news.set()
 
     def _on_progress(self, progress: Progress) -> None:
@@ -253,15 +254,25 @@ async def test_the_last_words_of_a_core_come_before_its_loss(address: str) -> No
         core.close()
         await ear.until(lambda: ear.losses)
         assert ear.messages == [*words, EngineFailed("out of memory")]
-        assert ear.losses == ["the engine core closed the connection"]
+        assert ear.losses == [Loss("the engine core closed the connection")]
 
 
-async def test_a_core_that_serves_a_client_no_longer_says_why(address: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "known"), [("dismissed", LossKind.DISMISSED), ("revoked", LossKind.GONE)]
+)
+async def test_a_core_that_serves_a_client_no_longer_says_why_and_what_came_before_is_read(
+    address: str, kind: str, known: LossKind
+) -> None:
     ear = Ear()
     async with linked(address, ear) as (core, _):
-        await core.answer(Refused("dismissed", "too much left unread"))
+        words = [ControlReply(call, True) for call in range(2 * MAX_MESSAGES_PER_TURN)]
+        for word in words:
+            await core.push(word)
+        await core.answer(Refused(kind, "too much left unread"))
+        core.close_push()
         await ear.until(lambda: ear.losses)
-        assert ear.losses == ["too much left unread"]
+        assert ear.messages == words
+        assert ear.losses == [Loss("too much left unread", known)]
 
 
 # ---- sending
@@ -419,13 +430,13 @@ async def test_last_words_that_come_behind_the_end_of_the_other_socket_are_heard
         core.close()
         await ear.until(lambda: ear.losses)
         assert ear.messages[1:] == [EngineFailed("out of memory")]
-        assert ear.losses == ["the engine core closed the connection"]
+        assert ear.losses == [Loss("the engine core closed the connection")]
 
 
 async def test_a_connection_that_its_last_words_have_closed_is_not_lost_as_well(
     tmp_path: Path,
 ) -> None:
-    lost: list[str] = []
+    lost: list[Loss] = []
     with ScriptedCore.at(f"ipc://{tmp_path}/engine.sock") as core:
         connection = Connection(
             core.address,

@@ -25,7 +25,6 @@ from footplate.protocol.messages import (
     EngineFailed,
     FinishReason,
     GetStats,
-    Refused,
     Stats,
     StepOutputs,
 )
@@ -120,7 +119,7 @@ async def test_whatever_ends_a_core_its_streams_and_calls_go_on_in_the_next(
                 await core.push(StepOutputs(EPOCH, [98, 99], [2], [7, 8]))
             case _:
                 words = "too much left unread"
-                await core.answer(Refused("dismissed", words))
+                await core.dismiss(words)
         # Without a Goodbye: what the core keeps of this session is not to go.
         await core.accept(replace(WELCOME, epoch=NEXT))
         again, anew = await core.hear_request(), await core.hear_request()
@@ -143,6 +142,41 @@ async def test_whatever_ends_a_core_its_streams_and_calls_go_on_in_the_next(
         assert words in restart.cause
         engine.shutdown()
         core.close()
+
+
+async def test_a_core_that_takes_back_whom_it_has_dismissed_is_no_other(
+    core: ScriptedCore,
+) -> None:
+    told: list[Restart] = []
+    async with attached(core, on_restart=told.append) as engine:
+        for num_dismissals in (1, 2):
+            stream, request = await ask(engine, core)
+            await core.push_tokens(request.handle, 0, 5, 6)
+            await core.dismiss("too much left unread")
+            await core.accept()
+            assert (await core.hear_request()).prior_token_ids == [5, 6], "they were read first"
+            await core.push_tokens(request.handle, 2, 7)
+            await core.push_end(request.handle, FinishReason.STOP)
+            outputs = [output.outputs[0].token_ids async for output in stream]
+            assert outputs[-1] == [5, 6, 7]
+            assert (engine.engine_restarts, engine.requests_replayed) == (0, num_dismissals)
+    assert not told
+
+
+async def test_a_client_that_is_dismissed_before_it_is_told_anything_does_not_come_back_for_ever(
+    core: ScriptedCore,
+) -> None:
+    async with attached(core) as engine:
+        stream, request = await ask(engine, core)
+        await core.push_tokens(request.handle, 0, 5)
+        await core.dismiss("its output cannot be sent")
+        await core.accept()
+        await core.hear_request()
+        await core.dismiss("its output cannot be sent")
+        with pytest.raises(EngineDeadError, match="cannot be sent, before any output had come"):
+            while True:
+                await next_tokens(stream)
+        assert engine.errored
 
 
 async def test_what_the_old_core_said_last_is_neither_lost_nor_doubled(core: ScriptedCore) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import queue
+import shutil
 import signal
 import struct
 import subprocess
@@ -184,7 +185,9 @@ async def test_a_client_that_waits_for_a_start_hears_why_it_failed(
 ) -> None:
     core = start_core("step waits")
     core.process.stop()
-    # Nobody is left to refuse it; the folder went with the core.
+    # Nobody is left to refuse it; the folder went with the core, or goes with its owner if that had
+    # to end it the hard way.
+    shutil.rmtree(core.folder, ignore_errors=True)
     engine = AsyncLLMEngine.connect(core.address)
     assert "no engine listens" in str(await error_of(engine.start()))
 
@@ -264,7 +267,7 @@ async def test_a_killed_core_leaves_no_file_and_no_trace_in_the_next_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience_s = 0.2
-    monkeypatch.setattr("footplate.frontend.session.OWN_CORE_EXIT_S", patience_s)
+    monkeypatch.setattr("footplate.frontend.core_link.OWN_CORE_EXIT_S", patience_s)
     private = folder / "private"
 
     def make_private_dir() -> Path:

@@ -2,16 +2,26 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from footplate.frontend import AsyncLLMEngine, EngineArgs, Restart, SamplingParams, supervisor
+from footplate.frontend import (
+    AsyncLLMEngine,
+    EngineArgs,
+    Restart,
+    SamplingParams,
+    succession,
+    supervisor,
+)
 from footplate.frontend.connection import Connection
+from footplate.frontend.core_link import CoreLink
 from footplate.frontend.core_process import CoreProcess
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import (
@@ -20,6 +30,7 @@ from footplate.protocol.errors import (
     EngineError,
     EngineStartError,
 )
+from footplate.protocol.messages import Welcome
 
 from .conftest import PATIENCE_S, Program, in_time, is_gone
 from .test_launch import launch, wait_until_ready
@@ -96,7 +107,10 @@ async def test_a_core_may_be_killed_again_and_again(number: signal.Signals) -> N
 async def test_a_core_that_is_stopped_goes_on_when_it_is_continued() -> None:
     async with AsyncLLMEngine.from_engine_args(PATIENT) as engine, under_load(engine):
         assert engine.process_id is not None
-        os.kill(engine.process_id, signal.SIGSTOP)
+        core = psutil.Process(engine.process_id)
+        core.suspend()
+        # Its threads stop one by one, a moment later.
+        assert await asyncio.to_thread(in_time, lambda: core.status() == psutil.STATUS_STOPPED)
         health = await engine.health()
         assert (health.state, health.is_alive, health.is_ready) == ("serving", False, False)
         with pytest.raises(EngineError, match="does not answer"):
@@ -188,6 +202,74 @@ async def test_clients_of_a_launched_engine_go_on_when_its_core_is_killed(
         assert await core_after(other, core) == one.process_id
 
 
+# ---- a core that ends the connection and lives
+
+HASTY = EngineArgs(model="fake", max_unread_bytes=2**18, max_unread_tokens=None)
+
+
+async def leave_unread(engine: AsyncLLMEngine, capfd: pytest.CaptureFixture[str]) -> None:
+    """Block the event loop, as an application may, until the core has had enough of it."""
+    capfd.readouterr()
+    stream = await engine.add_request(
+        None, [20], SamplingParams(max_tokens=30_000, detokenize=False, ignore_eos=True)
+    )
+    assert in_time(lambda: "bytes unread: dropped" in capfd.readouterr().err)
+    stream.close()
+
+
+async def test_an_application_that_was_blocked_goes_on_in_the_core_that_has_dismissed_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    restarts: list[Restart] = []
+    engine = AsyncLLMEngine.from_engine_args(HASTY, on_restart=restarts.append)
+    async with engine, under_load(engine):
+        core = engine.process_id
+        for num_dismissals in (1, 2):
+            before = engine.requests_replayed
+            await leave_unread(engine, capfd)
+            async with asyncio.timeout(PATIENCE_S):
+                while engine.requests_replayed == before:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            await progress_of(engine)
+            assert engine.is_running and engine.process_id == core, num_dismissals
+    assert engine.engine_restarts == 0 and not restarts
+
+
+@pytest.mark.parametrize(
+    ("number", "patience_s", "words"),
+    [
+        (signal.SIGSTOP, 0.2, "no engine on .* was ready within 0.2 s"),
+        (signal.SIGKILL, 10 * PATIENCE_S, "the engine core was killed by SIGKILL"),
+    ],
+)
+async def test_a_core_that_does_not_take_back_whom_it_has_dismissed_is_replaced(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    patience_s: float,
+    words: str,
+) -> None:
+    restarts: list[Restart] = []
+    engine = AsyncLLMEngine.from_engine_args(HASTY, on_restart=restarts.append)
+    async with engine, under_load(engine):
+        core, connect = psutil.Process(engine.process_id), CoreLink.connect
+
+        async def connect_to_no_use(link: CoreLink, timeout_s: float) -> Welcome:
+            monkeypatch.setattr(CoreLink, "connect", connect)
+            core.suspend()
+            assert in_time(lambda: core.status() == psutil.STATUS_STOPPED)
+            core.send_signal(number)
+            return await connect(link, timeout_s)
+
+        monkeypatch.setattr(succession, "TAKE_BACK_S", patience_s)
+        monkeypatch.setattr(CoreLink, "connect", connect_to_no_use)
+        await leave_unread(engine, capfd)
+        await core_after(engine, core.pid)
+        assert is_gone(core.pid)
+    [restart] = restarts
+    assert re.search(f"unread, and the engine core did not take .*: {words}", restart.cause)
+
+
 # ---- replacing it on purpose
 
 
@@ -228,7 +310,7 @@ async def test_a_successor_that_cannot_start_or_is_another_model_changes_nothing
             await engine.replace_core(
                 EngineArgs(model="fake", max_model_len=99, num_gpu_blocks_override=1)
             )
-        with pytest.raises(EngineError, match="architecture was 'Fake'"):
+        with pytest.raises(EngineError, match="must be 'Fake'"):
             await engine.replace_core(EngineArgs(model="demo"))
         assert engine.process_id == before
 

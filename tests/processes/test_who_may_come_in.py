@@ -357,7 +357,7 @@ async def test_nobody_but_the_core_can_tell_a_client_anything(core: GuardedCore)
         return has_succeeded
 
     async with core.connect(key_of(core, "writer")) as engine:
-        connection = engine._session._connection
+        connection = engine._session._link._connection
         assert connection is not None
         known = read_client_keys(Path(key_of(core, "writer")))
         # Without keys, or with those of everybody whose public key may be known.
