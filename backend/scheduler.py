@@ -92,6 +92,11 @@ class Scheduler:
         return len(self._waiting) + self._num_held
 
     @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return self.num_running + self.num_waiting + self.num_parked
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would compute anything, or tell the runner anything."""
         return bool(self._running or self._waiting or self._released)

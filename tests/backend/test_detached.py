@@ -8,7 +8,6 @@ import pytest
 
 from footplate.backend import delivery as delivery_module
 from footplate.backend import detached as detached_module
-from footplate.backend.detached import DETACHED
 from footplate.protocol.config import RequestConfig
 from footplate.protocol.messages import (
     AddRequest,
@@ -518,7 +517,7 @@ def test_nothing_is_left_of_sessions_that_are_over(driver: SessionDriver) -> Non
     driver.step()
     core = driver.core
     assert not core._leases and not core._leases._sessions
-    assert not core._requests[DETACHED]
+    assert not list(core._live)
     assert len(core._scheduler._waiting._lines) == 0
     driver.check_empty()
 

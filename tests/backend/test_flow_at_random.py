@@ -72,7 +72,7 @@ class Schedule:
         self.driver.run()
         self.driver.check_empty()
         assert not self.core._leases and not self.core._leases._sessions
-        assert self.core._requests == {DETACHED: {}}
+        assert self.core._live._tables == {DETACHED: {}}
 
     def act(self) -> None:
         session = self.random.choice((b"one", b"two", b""))

@@ -15,10 +15,12 @@ from footplate.backend.backlog import Backlog
 from footplate.backend.block_pool import BlockPool
 from footplate.backend.delivery import Delivery
 from footplate.backend.engine_core import EngineCore
+from footplate.backend.live_requests import LiveRequests
 from footplate.backend.prefix_cache import PrefixCache
 from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.scheduler import Scheduler
 from footplate.backend.siblings import Siblings
+from footplate.backend.telling import Telling
 from footplate.backend.waiting_queue import WaitingQueue
 
 from .checking_runner import BrokenPlan
@@ -121,8 +123,8 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "taken = dict(self._columns)",
     ),
     "an abort is not confirmed": (
-        EngineCore,
-        "_finish",
+        LiveRequests,
+        "tell_end",
         "self._delivery.end(request.client, request.handle, reason, message, kind)",
         "pass",
     ),
@@ -199,7 +201,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "num_tokens + request.params.max_tokens",
     ),
     "the start is told at output position 0 only": (
-        EngineCore,
+        Telling,
         "_tell_tokens",
         "position == request.num_prior_tokens",
         "position == 0",
