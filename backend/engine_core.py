@@ -139,17 +139,19 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do now, or there is something to take."""
-        return (
-            self._scheduler.has_work
-            or bool(self._delivery or self._replies)
-            or (self._draining.is_awaited and not self._scheduler.num_live)
-        )
+        return self._scheduler.has_work or bool(self._delivery or self._replies)
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether somebody is to be told that nothing is left: as soon as clients have taken what
+        they were told before, or at the deadline, which `seconds_to_deadline` counts."""
+        return self._draining.is_awaited and not self._scheduler.num_live
 
     @property
     def seconds_to_deadline(self) -> float | None:
         """How long `step` may be left uncalled when there is no work; None is for ever."""
         due = [self._deadlines.next_due, self._leases.next_due]
-        if self._draining.is_on and self._scheduler.num_live:
+        if self._draining.is_awaited or (self._draining.is_on and self._scheduler.num_live):
             due.append(self._draining.deadline)
         first = min((time for time in due if time is not None), default=None)
         return None if first is None else max(0.0, first - self._clock())
@@ -336,9 +338,8 @@ class EngineCore:
         Args:
             has_backlog: whether clients have still to take what they were told.
         """
-        draining, scheduler = self._draining, self._scheduler
-        if draining.is_awaited and not scheduler.num_live and not self._delivery:
-            self._replies += draining.take_replies(self._clock(), has_backlog)
+        if self.is_drained and not self._delivery:
+            self._replies += self._draining.take_replies(self._clock(), has_backlog)
         replies, self._replies = self._replies, []
         return replies
 

@@ -102,7 +102,7 @@ class Driver:
 
     def run(self) -> None:
         for _ in range(1000):
-            if not self.core.has_work:
+            if not (self.core.has_work or self.core.is_drained):
                 return
             self.step()
         raise AssertionError("no end in sight")
