@@ -215,6 +215,10 @@ class EngineCore:
                 self._add(client, known, message)
             case AttachRequest():
                 self._attach(client, known, message)
+            case AbortRequests(handles=handles, have_ended=True):
+                # Their tokens are told with this end to whoever attaches. The stop string is among
+                # them, and is found again there.
+                self._live.finish_all(self._live.among(client, handles), FinishReason.STOP)
             case AbortRequests(handles=handles):
                 aborted = self._live.among(client, handles)
                 if self._leases:

@@ -22,6 +22,7 @@ from footplate.protocol.token_params import LogprobsRequest, TokenParams
 from .flow_driver import NUM_BLOCKS, FlowDriver, expected
 
 LENGTH, ABORT, ERROR = FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ERROR
+STOP = FinishReason.STOP
 LEASE_S = 10.0
 SESSION = b"session"
 OLD, NEW = b"old", b"new"  # its connections
@@ -188,6 +189,97 @@ def test_what_its_client_has_aborted_is_not_kept(driver: SessionDriver) -> None:
     driver.add(OLD, 3, [1], request_id="a")
     driver.run()
     assert driver.ends(OLD, 3) == [Finished(3, LENGTH)]
+
+
+def test_what_a_stop_string_has_ended_in_its_client_is_kept_like_that(
+    driver: SessionDriver,
+) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    for _ in range(4):
+        driver.step()
+    driver.abort(OLD, 1, have_ended=True)
+    driver.run()
+    assert driver.ends(OLD, 1) == [Finished(1, STOP)]
+    driver.check_empty()
+    driver.attach(OLD, 2, "a")  # in the same connection, and in the next
+    driver.run()
+    driver.reconnect()
+    assert driver.core.stats().num_detached == 0
+    driver.attach(NEW, 1, "a")
+    driver.run()
+    for client, handle in ((OLD, 2), (NEW, 1)):
+        assert driver.runs(client, handle) == [(0, expected([1], 4))]
+        assert driver.ends(client, handle) == [Finished(handle, STOP)]
+        assert driver.started(client, handle) == [Started(handle, 0, 0.0, 0.0)]
+
+
+def test_so_is_one_that_ended_in_a_client_which_had_attached_to_it(driver: SessionDriver) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    driver.step()
+    driver.park(OLD, 1)
+    driver.lose(OLD)  # before it could say that this token was the last
+    for _ in range(3):
+        driver.step()
+    driver.core.join(NEW, SESSION)
+    driver.attach(NEW, 1, "a")
+    driver.step()
+    driver.abort(NEW, 1, have_ended=True)
+    driver.lose(NEW)
+    driver.core.join(OLD, SESSION)
+    driver.attach(OLD, 5, "a")
+    driver.run()
+    assert driver.tokens(OLD, 5) == expected([1], 5)
+    assert driver.ends(OLD, 5) == [Finished(5, STOP)]
+    driver.check_empty()
+
+
+def test_one_that_had_ended_before_its_client_said_so_stays_as_it_was(
+    driver: SessionDriver,
+) -> None:
+    driver.add(OLD, 1, [1], request_id="a")
+    driver.run()
+    driver.abort(OLD, 1, have_ended=True)
+    driver.attach(OLD, 2, "a")
+    driver.run()
+    assert driver.ends(OLD, 1) == [Finished(1, LENGTH)]
+    assert driver.ends(OLD, 2) == [Finished(2, LENGTH)]
+    assert driver.tokens(OLD, 2) == expected([1], 3)
+
+
+def test_of_several_completions_the_others_go_on_and_nothing_is_kept(
+    driver: SessionDriver,
+) -> None:
+    driver.add(OLD, 1, [1, 2], n=3, max_tokens=6)
+    driver.step()
+    driver.step()
+    driver.abort(OLD, 2, have_ended=True)
+    driver.run()
+    assert [driver.ends(OLD, handle)[0].reason for handle in (1, 2, 3)] == [LENGTH, STOP, LENGTH]
+    for handle in (1, 3):
+        assert len(driver.tokens(OLD, handle)) == 6
+    assert not driver.core._leases
+    driver.check_empty()
+
+
+@pytest.mark.parametrize("waits_s", [0.0, LEASE_S - 0.1, LEASE_S])
+def test_what_has_ended_in_its_client_has_the_lease_time_too(
+    driver: SessionDriver, waits_s: float
+) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    driver.step()
+    driver.abort(OLD, 1, have_ended=True)
+    driver.lose(OLD)
+    driver.step()
+    assert driver.core.seconds_to_deadline == LEASE_S
+    driver.clock.now += waits_s
+    driver.step()
+    driver.core.join(NEW, SESSION)
+    driver.attach(NEW, 1, "a")
+    driver.step()
+    if waits_s < LEASE_S:
+        assert driver.tokens(NEW, 1) == expected([1], 1)
+    else:
+        driver.assert_lost(NEW, 1)
 
 
 def test_handles_of_two_connections_may_be_the_same(driver: SessionDriver) -> None:
@@ -461,6 +553,22 @@ def test_the_first_that_ended_is_forgotten_when_a_session_keeps_too_much(tmp_pat
     for handle in range(12):
         driver.add(OLD, handle, [1] * 20, request_id=f"{handle}")
         driver.run()
+    driver.reconnect()
+    for handle in range(12):
+        driver.attach(NEW, handle, f"{handle}")
+    driver.run()
+    kept = [handle for handle in range(12) if driver.tokens(NEW, handle)]
+    assert 1 < len(kept) < 8
+    assert kept == list(range(12 - len(kept), 12))
+
+
+def test_what_has_ended_in_its_client_counts_as_well(tmp_path: Path) -> None:
+    driver = SessionDriver(tmp_path, lease_bytes=300)
+    for handle in range(12):
+        driver.add(OLD, handle, [1] * 20, request_id=f"{handle}", max_tokens=20)
+        driver.step()
+        driver.abort(OLD, handle, have_ended=True)
+    assert driver.core._leases._sessions[SESSION].num_bytes <= 300
     driver.reconnect()
     for handle in range(12):
         driver.attach(NEW, handle, f"{handle}")
