@@ -97,7 +97,7 @@ class Attaching:
         answer = Attached(handle, lease.message(self._clock()))
         self._delivery.tell_again(client, handle, lease.output(), lease.started)
         if (end := lease.end) is not None:
-            self._leases.on_answer(lease)
+            self._leases.on_answer(lease, client, handle)
             self._delivery.end(client, handle, end.reason, end.message, end.kind)
         return answer
 

@@ -220,11 +220,10 @@ class EngineCore:
                 # them, and is found again there.
                 self._live.finish_all(self._live.among(client, handles), FinishReason.STOP)
             case AbortRequests(handles=handles):
-                aborted = self._live.among(client, handles)
                 if self._leases:
-                    for request in aborted:
-                        self._leases.abandon(request)
-                self._live.finish_all(aborted, FinishReason.ABORT)
+                    for handle in handles:
+                        self._leases.abandon(client, handle)
+                self._live.finish_all(self._live.among(client, handles), FinishReason.ABORT)
             case ParkRequests(handles=handles):
                 self._scheduler.park(self._live.among(client, handles))
             case ResumeRequests(handles=handles):

@@ -191,6 +191,49 @@ def test_what_its_client_has_aborted_is_not_kept(driver: SessionDriver) -> None:
     assert driver.ends(OLD, 3) == [Finished(3, LENGTH)]
 
 
+@pytest.mark.parametrize("is_attached", [True, False], ids=["attached to", "its own"])
+def test_nor_is_what_had_ended_when_its_client_aborted_it(
+    driver: SessionDriver, is_attached: bool
+) -> None:
+    driver.add(OLD, 1, [1], request_id="a")
+    driver.add(OLD, 2, [1], request_id="b")
+    driver.run()
+    driver.reconnect()
+    if is_attached:
+        driver.attach(NEW, 7, "a")
+        driver.run()
+        handle = 7
+    else:
+        driver.add(NEW, 1, [1], request_id="a")  # in the place of what was kept
+        driver.run()
+        handle = 1
+    driver.abort(NEW, handle, 2, 2**63, -1)  # of which 2 was the other connection's
+    driver.attach(NEW, 8, "a")
+    driver.attach(NEW, 9, "b")
+    driver.run()
+    assert [end.kind for end in driver.ends(NEW, 8)] == [ErrorKind.LOST]
+    assert driver.tokens(NEW, 9) == expected([1], 3)
+
+
+def test_a_handle_that_was_used_twice_ends_no_more_than_its_own_requests(
+    driver: SessionDriver,
+) -> None:
+    for request_id in "ab":
+        driver.add(OLD, 1, [1], request_id=request_id)
+        driver.run()
+    driver.add(OLD, 2, [1], request_id="a")  # what was kept makes way
+    driver.run()
+    driver.abort(OLD, 1)
+    driver.abort(OLD, 1)
+    for handle, request_id in enumerate("ab", 3):
+        driver.attach(OLD, handle, request_id)
+    driver.run()
+    assert driver.tokens(OLD, 3) == expected([1], 3)
+    assert driver.ends(OLD, 4)[0].kind is ErrorKind.LOST
+    driver.core.leave(OLD)
+    assert not driver.core._leases._told
+
+
 def test_what_a_stop_string_has_ended_in_its_client_is_kept_like_that(
     driver: SessionDriver,
 ) -> None:
