@@ -326,9 +326,12 @@ def _discreetly(outputs: StepOutputs) -> StepOutputs:
 def _patience(core: EngineCore, outbox: Outbox) -> float | None:
     if core.has_work:
         return 0
+    has_backlog = outbox.has_backlog
+    if core.is_drained and not has_backlog:
+        return 0
     deadline_s = core.seconds_to_deadline
     waits = (
-        BACKLOG_RETRY_S if outbox.has_backlog else None,
+        BACKLOG_RETRY_S if has_backlog else None,
         None if deadline_s is None else min(deadline_s, LONGEST_SLEEP_S),
     )
     return min((seconds for seconds in waits if seconds is not None), default=None)

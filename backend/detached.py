@@ -34,6 +34,7 @@ class Lease:
         started: the report that goes with its first token, when there has been one.
         token_ids: of its output, when it has ended.
         end: likewise.
+        told_to: client and handle that it was last told to when it had ended, if they are here.
     """
 
     session: bytes
@@ -44,6 +45,7 @@ class Lease:
     started: Started | None = None
     token_ids: "array[int]" = field(default_factory=lambda: array("I"))
     end: Finished | None = None
+    told_to: tuple[bytes, int] | None = None
     num_counted_bytes: int = 0  # among those of its session
 
     def message(self, now: float) -> AddRequest:
@@ -89,6 +91,7 @@ class Leases:
         self._lease_bytes = lease_bytes
         self._sessions: dict[bytes, _Session] = {}
         self._live: dict[tuple[bytes, int], Lease] = {}  # by client and handle
+        self._told: dict[tuple[bytes, int], Lease] = {}  # likewise, of those that have ended
         # When each expires, the next one first: all are kept equally long.
         self._due: OrderedDict[tuple[bytes, str], float] = OrderedDict()
         self._orphans: list[Request] = []
@@ -126,6 +129,7 @@ class Leases:
         known.is_here = False
         for lease in known.leases.values():
             self._renew(lease)
+            self._forget_told(lease)
         self._forget_if_gone(session)
         return [lease for lease in known.leases.values() if lease.request is not None]
 
@@ -188,9 +192,11 @@ class Leases:
         self._count(lease)
         self._keep_within_bounds(lease.session)
 
-    def abandon(self, request: Request) -> None:
-        """Its client wants no more of it, if it is one of these."""
-        if lease := self._live.get((request.client, request.handle)):
+    def abandon(self, client: bytes, handle: int) -> None:
+        """A client wants no more of a request, if it is one of these. It may have ended, when the
+        client had not heard of it yet."""
+        place = client, handle
+        if lease := self._live.get(place) or self._told.get(place):
             self.drop(lease)
 
     def drop(self, lease: Lease) -> None:
@@ -199,6 +205,7 @@ class Leases:
         del known.leases[lease.request_id]
         known.num_bytes -= lease.num_counted_bytes
         self._due.pop((lease.session, lease.request_id), None)
+        self._forget_told(lease)
         if lease.request is not None:
             del self._live[lease.request.client, lease.request.handle]
             if lease.request.client == DETACHED:
@@ -222,12 +229,26 @@ class Leases:
         known.leases[lease.request_id] = known.leases.pop(lease.request_id)  # in order of ends
         if known.is_here:
             self._renew(lease)
+        if client != DETACHED:
+            self._tell(lease, client, finished.handle)
         self._count(lease)
         self._keep_within_bounds(lease.session)
 
-    def on_answer(self, lease: Lease) -> None:
+    def on_answer(self, lease: Lease, client: bytes, handle: int) -> None:
         """Somebody was told of one that has ended, which may not arrive either."""
         self._renew(lease)
+        self._tell(lease, client, handle)
+
+    def _tell(self, lease: Lease, client: bytes, handle: int) -> None:
+        self._forget_told(lease)
+        lease.told_to = client, handle
+        self._told[lease.told_to] = lease
+
+    def _forget_told(self, lease: Lease) -> None:
+        place, lease.told_to = lease.told_to, None
+        # A client may have used a handle twice, though it must not.
+        if place is not None and self._told.get(place) is lease:
+            del self._told[place]
 
     def count_tokens(self, handles: Iterable[int]) -> None:
         """Requests without a client have new tokens."""
@@ -293,3 +314,6 @@ class Leases:
                 assert is_attached == ((session, request_id) not in self._due)
                 assert is_attached == (lease.num_counted_bytes == 0)
         assert list(self._due.values()) == sorted(self._due.values())
+        for place, lease in self._told.items():
+            assert lease.told_to == place and lease.request is None and lease in leases
+            assert self._sessions[lease.session].is_here

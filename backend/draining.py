@@ -2,6 +2,8 @@
 
 from math import inf
 
+from footplate.protocol.messages import ControlReply, Drain
+
 
 class Draining:
     """Owns whether the engine takes new requests, until when those that it has may go on, and who
@@ -19,19 +21,35 @@ class Draining:
         self.deadline = inf
         self._calls: list[tuple[bytes, int]] = []
 
-    def begin(self, client: bytes, call: int, deadline: float | None) -> None:
-        """Somebody asks, not necessarily the first. A deadline can be made earlier, not later."""
+    def ask(self, client: bytes, message: Drain, now: float) -> ControlReply | None:
+        """Somebody asks, not necessarily the first. A deadline can be made earlier, not later.
+
+        Returns:
+            An answer if there is none to wait for: it cannot be done.
+        """
+        seconds = message.timeout_s
+        if seconds is not None and not seconds >= 0:  # NaN neither
+            why = f"timeout_s is {seconds}, must be at least 0"
+            return ControlReply(message.call, False, why)
         self.is_on = True
-        if deadline is not None:
-            self.deadline = min(self.deadline, deadline)
-        self._calls.append((client, call))
+        if seconds is not None:
+            self.deadline = min(self.deadline, now + seconds)
+        self._calls.append((client, message.call))
+        return None
 
     @property
     def is_awaited(self) -> bool:
         """Whether somebody is to be told when nothing is left."""
         return bool(self._calls)
 
-    def take_calls(self) -> list[tuple[bytes, int]]:
-        """Nothing is left: whom to tell, and under which number."""
+    def take_replies(self, now: float, has_backlog: bool) -> list[tuple[bytes, ControlReply]]:
+        """Nothing is left: whom to tell, and what; each reply is handed out once.
+
+        Args:
+            has_backlog: whether clients have still to take what they were told. They are waited
+                for, but only until the deadline: one of them may never read.
+        """
+        if not self._calls or (has_backlog and now < self.deadline):
+            return []
         calls, self._calls = self._calls, []
-        return calls
+        return [(client, ControlReply(call, True)) for client, call in calls]

@@ -148,6 +148,7 @@ class Inbox:
         self._failure: BaseException | None = None
         self._closing = False
         self._state: Progress | Welcome | Refused = Progress("starting", 0.0)
+        self._told: Progress | Welcome | Refused = self._state  # what all hopefuls have heard of
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         self._router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
@@ -228,6 +229,9 @@ class Inbox:
                     self._serve(ready)
                 if self._gatekeeper.refresh():
                     self._dismiss_revoked()
+            # The end may have been announced while it was busy with something else.
+            if isinstance(self._state, Refused) and self._told is not self._state:
+                self._tell_hopefuls()
             self._router.close()  # the clients' monitors are the main thread's to close
             self._gatekeeper.close()
         except BaseException as error:
@@ -426,6 +430,7 @@ class Inbox:
                 self._batches.put(events)
 
     def _tell_hopefuls(self) -> None:
+        self._told = self._state
         if isinstance(self._state, Welcome):
             joined: list[InboxEvent] = []
             for client, (peer, hello) in self._hopefuls.items():

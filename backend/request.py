@@ -63,8 +63,8 @@ TRANSITIONS = {
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Written by the scheduler only, and the engine core says whose it is; the model runner reads
-    it.
+    """Written by the scheduler and its parts, and the engine core says whose it is; the model
+    runner reads it.
 
     Attributes:
         key: unique in the life of this core; runners key per-request state by it.

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from footplate.backend.backlog import Backlog
 from footplate.backend.block_pool import BlockPool
-from footplate.backend.logits.wanted import wants_prompt_logprobs
 from footplate.backend.prefix_cache import PrefixCache
+from footplate.backend.prompt_reading import PromptReading
 from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.request import Event, Request, State
 from footplate.backend.siblings import Siblings
@@ -65,7 +65,7 @@ class Scheduler:
         self._caching = enable_prefix_caching
         self._cache = PrefixCache(pool, enable_prefix_caching)
         self._can_share = blocks_can_be_shared
-        self._max_scored_rows = max_scored_rows
+        self._reading = PromptReading(max_scored_rows)
         self._running: list[Request] = []
         self._alone: Request | None = None  # of those, the one whose steps are its own
         self._max_num_running = config.max_num_seqs  # less for a while when memory was short
@@ -73,7 +73,6 @@ class Scheduler:
         self._num_held = 0
         self.num_parked = 0
         self._num_arrivals = 0
-        self._rereading: list[Request] = []  # of the current plan, whose prompt is computed anew
         self._released: list[int] = []
         self._admitted: list[Request] = []
         self.backlog = Backlog()
@@ -92,6 +91,11 @@ class Scheduler:
         return len(self._waiting) + self._num_held
 
     @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return self.num_running + self.num_waiting + self.num_parked
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would compute anything, or tell the runner anything."""
         return bool(self._running or self._waiting or self._released)
@@ -108,7 +112,7 @@ class Scheduler:
             self._num_arrivals += 1
             end = request.num_prompt_tokens + request.params.max_tokens
             request.max_num_tokens = min(end, self._max_model_len)
-            request.num_scored = _first_to_score(request)
+            self._reading.begin(request)
         if len(requests) > 1:
             num_full = (num_tokens - 1) // self._block_size
             siblings = Siblings(requests, num_full if self._can_share else 0)
@@ -223,7 +227,7 @@ class Scheduler:
         leaves goes to waiting ones, as long as slots and blocks last.
         """
         plan = StepPlan()
-        self._rereading.clear()
+        self._reading.begin_plan()
         if self._by_priority:
             self._admit_urgent(now)
         if self._alone is None:
@@ -268,12 +272,7 @@ class Scheduler:
         count = min(len(request.token_ids) - request.num_computed_tokens, budget)
         if (cap := self._config.long_prefill_token_threshold) and not is_alone:
             count = min(count, cap)
-        if request.num_scored < request.num_prompt_tokens:
-            if wants_prompt_logprobs(request):
-                count = min(count, self._max_scored_rows)
-            else:
-                self._rereading.append(request)
-        return count
+        return self._reading.limit(request, count)
 
     def _lift_cap(self, plan: StepPlan) -> None:
         """Give a prompt that turned out to be alone the whole budget.
@@ -495,14 +494,7 @@ class Scheduler:
                 and request.state is State.RUNNING
             ):
                 self._cache.register(request, num_full)
-        for request in self._rereading:
-            num_computed = min(request.num_computed_tokens, request.num_prompt_tokens)
-            request.num_scored = max(request.num_scored, num_computed)
-        for index, rows in result.prompt_logprobs.items():
-            # Not what was computed: a runner may collect the chunks of a prompt, and tell of all
-            # its rows with the last.
-            request = plan.requests[index]
-            request.num_scored = max(request.num_scored, rows.position + len(rows.ranks))
+        self._reading.count(plan, result)
 
     def _release_siblings(self, pairs: list[tuple[Request, int]]) -> None:
         for request, _ in pairs:
@@ -542,13 +534,3 @@ class Scheduler:
         assert self.backlog.num_tokens >= 0
         assert self._num_held >= 0 and self.num_parked >= 0
         self._pool.check_ledger(r.block_ids for r in self._running)
-
-
-def _first_to_score(request: Request) -> int:
-    """The first prompt position that is to be computed here; behind the prompt when none is."""
-    params = request.params
-    if params.skip_reading_prefix_cache:
-        return 0
-    if params.logprobs is not None and wants_prompt_logprobs(request):
-        return min(max(1, params.logprobs.prompt_start), request.num_prompt_tokens)
-    return request.num_prompt_tokens

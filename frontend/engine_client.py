@@ -34,8 +34,8 @@ from footplate.protocol.messages import (
 logger = logging.getLogger(__name__)
 
 NOTHING_KEPT = (
-    "nothing of this id is kept: it was not sent with this client key, it was aborted or ended by "
-    "a stop string, its lease has expired, or the engine core was replaced meanwhile"
+    "nothing of this id is kept: it was not sent with this client key, it was aborted, its lease "
+    "has expired, or the engine core was replaced meanwhile"
 )
 
 
@@ -163,7 +163,8 @@ class EngineClient:
         """Give every stream what is new for it, received at `now` (monotonic seconds).
 
         Returns:
-            Handles that the core need not go on with: they have ended here.
+            Handles that the core need not go on with: they have ended here. What it is to keep
+            all the same is noted.
 
         Raises:
             ValueError: the columns do not fit together.
@@ -305,8 +306,12 @@ class EngineClient:
             self._forget(stream)
 
     def _close(self, completion: Completion, over: list[int]) -> None:
-        over.append(completion.handle)
+        """A stop string has ended a completion."""
         stream = completion.stream
+        if isinstance(stream.sent, AddRequest) and stream.sent.request_id is not None:
+            self.notices.end(completion.handle)  # it can be attached to, as what has ended
+        else:
+            over.append(completion.handle)
         self._forget_completion(completion)
         if stream.is_finished:
             del self._by_request_id[stream.request_id]

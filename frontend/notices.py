@@ -17,17 +17,22 @@ class Notices:
 
     def __init__(self) -> None:
         self.on_first: Callable[[], object] = lambda: None
+        self._aborted: dict[int, None] = {}
         self._ended: dict[int, None] = {}
         self._parked: dict[int, None] = {}
         self._resumed: dict[int, None] = {}
 
     def __bool__(self) -> bool:
         """Whether there is anything to take."""
-        return bool(self._ended or self._parked or self._resumed)
+        return bool(self._aborted or self._ended or self._parked or self._resumed)
 
     def abort(self, handles: Iterable[int]) -> None:
-        """These have ended here."""
-        self._note(self._ended, dict.fromkeys(handles))
+        """Nobody wants anything more of these."""
+        self._note(self._aborted, dict.fromkeys(handles))
+
+    def end(self, handle: int) -> None:
+        """This one has come to its end here, by a stop string, and is to be kept like that."""
+        self._note(self._ended, {handle: None})
 
     def park(self, handle: int) -> None:
         """Nobody reads what this one produces."""
@@ -52,12 +57,14 @@ class Notices:
     def take(self) -> list[Notice]:
         """Everything: a message of each kind at most."""
         notices: list[Notice] = []
+        if self._aborted:
+            notices.append(AbortRequests(list(self._aborted)))
         if self._ended:
-            notices.append(AbortRequests(list(self._ended)))
+            notices.append(AbortRequests(list(self._ended), have_ended=True))
         if self._parked:
             notices.append(ParkRequests(list(self._parked)))
         if self._resumed:
             notices.append(ResumeRequests(list(self._resumed)))
-        for kind in (self._ended, self._parked, self._resumed):
+        for kind in (self._aborted, self._ended, self._parked, self._resumed):
             kind.clear()
         return notices

@@ -141,9 +141,15 @@ class AttachRequest(Message, tag="attach", frozen=True):
 
 class AbortRequests(Message, tag="abort", frozen=True):
     """Free everything these requests hold. Unknown and finished handles are no error: an abort
-    may cross its request's last token on the wire."""
+    may cross its request's last token on the wire.
+
+    Attributes:
+        have_ended: a stop string has ended them in the client: of those with a `request_id` that
+            end is kept, as any other. Otherwise nobody wants them, and nothing of them is kept.
+    """
 
     handles: list[int]
+    have_ended: bool = False
 
 
 class ParkRequests(Message, tag="park", frozen=True):

@@ -22,13 +22,9 @@ from cyclopts import App, Parameter
 from torch.nn.functional import linear
 
 from footplate.backend.kernels.build import cache_folder, load
-from footplate.backend.kernels.ops import (
-    Kernels,
-    LayerPages,
-    PackedLinear,
-    Quantization,
-    StepTables,
-)
+from footplate.backend.kernels.cache import LayerPages, StepTables
+from footplate.backend.kernels.linear import PackedLinear, Quantization
+from footplate.backend.kernels.ops import Kernels
 
 # [n, k] of the layers of qwen3-0.6b and of a 160 M parameter Llama.
 LAYERS = {

@@ -85,6 +85,7 @@ FROM_CLIENT: tuple[Message, ...] = (
     AddRequest(8, [20, 21, 22], PLAIN, prior_token_ids=[30, 31], is_replay=True),
     AttachRequest(7, "name"),
     AbortRequests([1, 2]),
+    AbortRequests([7, 8], have_ended=True),
     ParkRequests([1, 5]),
     ResumeRequests([1, 5]),
     Goodbye(),

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from footplate.backend.kernels import build
-from footplate.backend.kernels.ops import Kernels, Quantization
+from footplate.backend.kernels.linear import Quantization
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.runner.batch import Chunk, RaggedBatch
 from footplate.backend.runner.checkpoint import find_folder, load_config, load_model
 from footplate.backend.runner.cpu_attention import CpuAttention

@@ -24,15 +24,10 @@ from cyclopts import App, Parameter
 
 from benchmark import make_random_model
 from footplate.backend.kernels import build
-from footplate.backend.kernels.ops import (
-    Kernels,
-    LayerPages,
-    NormWeight,
-    PackedGatedMLP,
-    PackedLinear,
-    Quantization,
-    StepTables,
-)
+from footplate.backend.kernels.cache import LayerPages, StepTables
+from footplate.backend.kernels.linear import PackedGatedMLP, PackedLinear, Quantization
+from footplate.backend.kernels.norm import NormWeight
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.request import Request
 from footplate.backend.runner.checkpoint import find_folder, load_config
 from footplate.backend.runner.model_runner import load_model_runner

@@ -1,18 +1,31 @@
 """A decoder layer of the Llama family as one call of the kernels; see decoder_layer.h."""
 
 import ctypes
+from ctypes import c_float, c_int32, c_void_p
 
 import torch
 
-from footplate.backend.kernels.ops import (
-    DecoderLayerStruct,
-    Kernels,
-    LayerPages,
-    NormWeight,
-    PackedGatedMLP,
-    PackedLinear,
-    StepTables,
-)
+from footplate.backend.kernels.cache import LayerPages, StepTables
+from footplate.backend.kernels.linear import PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.norm import NormWeight
+from footplate.backend.kernels.ops import Kernels
+
+
+class _DecoderLayer(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("qkv", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("scale", c_float),
+        ("window", c_int32),
+        ("softcap", c_float),
+        ("sinks", c_void_p),
+        ("output", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+    )
 
 
 class DecoderLayer:
@@ -48,7 +61,7 @@ class DecoderLayer:
         self._hidden_size, self._qkv_size, self._output_size = qkv.k, qkv.n, output.k
         self._dtype = qkv.dtype
         self._num_sinks = None if sinks is None else sinks.numel()
-        self._struct = DecoderLayerStruct(
+        self._struct = _DecoderLayer(
             input_norm.address,
             qkv.address,
             None if query_norm is None else query_norm.address,

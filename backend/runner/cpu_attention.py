@@ -10,8 +10,9 @@ from itertools import accumulate, chain, pairwise, repeat
 import numpy as np
 import torch
 
+from footplate.backend.kernels.cache import PAGE_TOKENS, LayerPages, StepTables
 from footplate.backend.kernels.large_memory import zeroed
-from footplate.backend.kernels.ops import PAGE_TOKENS, Kernels, LayerPages, StepTables
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.kernels.touched_memory import TouchedMemory
 from footplate.backend.runner.attention_backend import AttentionOptions, LayerShape
 from footplate.backend.runner.batch import RaggedBatch

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from footplate.backend.kernels.ops import PackedLinear
+from footplate.backend.kernels.linear import PackedLinear
 from footplate.backend.runner.fused_layer import FusedLayer
 
 Positions = tuple[torch.Tensor, torch.Tensor]

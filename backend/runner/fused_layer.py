@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from footplate.backend.kernels.decoder_layer import DecoderLayer
-from footplate.backend.kernels.ops import Kernels, Move, NormWeight, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.linear import Move, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.norm import NormWeight
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.runner.attention_backend import AttentionOptions
 from footplate.backend.runner.paged_model import running_layer
 

@@ -11,15 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from footplate.backend.kernels.ops import (
-    TYPES,
-    Activation,
-    Kernels,
-    PackedExperts,
-    PackedGatedMLP,
-    PackedLinear,
-    Quantization,
-)
+from footplate.backend.kernels.experts import PackedExperts
+from footplate.backend.kernels.linear import Activation, PackedGatedMLP, PackedLinear, Quantization
+from footplate.backend.kernels.ops import Kernels
+from footplate.backend.kernels.words import TYPES
 from footplate.backend.runner.recording import Call, relative_error
 
 WEIGHTS = ("gate_up_proj", "down_proj")

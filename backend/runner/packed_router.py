@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from footplate.backend.kernels.ops import Kernels, PackedLinear
+from footplate.backend.kernels.linear import PackedLinear
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.runner.recording import Call, relative_error
 from footplate.backend.runner.whole_vectors import GRAIN, VECTOR
 

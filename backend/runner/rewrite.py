@@ -21,15 +21,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from footplate.backend.kernels.decoder_layer import DecoderLayer
-from footplate.backend.kernels.ops import (
-    Activation,
-    Kernels,
-    NormWeight,
-    PackedExperts,
-    PackedGatedMLP,
-    PackedLinear,
-    Quantization,
-)
+from footplate.backend.kernels.experts import PackedExperts
+from footplate.backend.kernels.linear import Activation, PackedGatedMLP, PackedLinear, Quantization
+from footplate.backend.kernels.norm import NormWeight
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.runner.attention_backend import (
     AttentionBackend,
     AttentionOptions,

@@ -70,8 +70,8 @@ class FlowDriver(Driver):
         self.core.handle(client, ResumeRequests(list(handles)))
         self.core.check_ledger()
 
-    def abort(self, client: bytes, *handles: int) -> None:
-        self.core.handle(client, AbortRequests(list(handles)))
+    def abort(self, client: bytes, *handles: int, have_ended: bool = False) -> None:
+        self.core.handle(client, AbortRequests(list(handles), have_ended))
         self.core.check_ledger()
 
     def attach(self, client: bytes, handle: int, request_id: str) -> None:

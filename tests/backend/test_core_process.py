@@ -3,6 +3,7 @@
 import gc
 import time
 from dataclasses import dataclass, field
+from math import inf
 from typing import cast
 
 import pytest
@@ -21,6 +22,7 @@ from footplate.protocol.token_params import TokenParams
 class Core:
     has_work: bool
     seconds_to_deadline: float | None
+    is_drained: bool = False
 
 
 @dataclass
@@ -49,6 +51,24 @@ def test_the_loop_sleeps_until_something_is_due(
     patience_s: float | None,
 ) -> None:
     core = cast(EngineCore, Core(has_work, seconds_to_deadline))
+    assert _patience(core, cast(Outbox, Lanes(has_backlog))) == patience_s
+
+
+@pytest.mark.parametrize(
+    ("has_backlog", "seconds_to_deadline", "patience_s"),
+    [
+        (False, None, 0),
+        (False, 5.0, 0),
+        (True, inf, BACKLOG_RETRY_S),
+        (True, 5.0, BACKLOG_RETRY_S),
+        (True, BACKLOG_RETRY_S / 2, BACKLOG_RETRY_S / 2),
+        (True, 0.0, 0.0),  # then it is answered, whoever has read
+    ],
+)
+def test_a_drained_core_does_not_spin_while_a_client_has_still_to_read(
+    has_backlog: bool, seconds_to_deadline: float | None, patience_s: float
+) -> None:
+    core = cast(EngineCore, Core(False, seconds_to_deadline, is_drained=True))
     assert _patience(core, cast(Outbox, Lanes(has_backlog))) == patience_s
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from footplate.backend import delivery as delivery_module
 from footplate.backend import detached as detached_module
-from footplate.backend.detached import DETACHED
 from footplate.protocol.config import RequestConfig
 from footplate.protocol.messages import (
     AddRequest,
@@ -23,6 +22,7 @@ from footplate.protocol.token_params import LogprobsRequest, TokenParams
 from .flow_driver import NUM_BLOCKS, FlowDriver, expected
 
 LENGTH, ABORT, ERROR = FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ERROR
+STOP = FinishReason.STOP
 LEASE_S = 10.0
 SESSION = b"session"
 OLD, NEW = b"old", b"new"  # its connections
@@ -189,6 +189,140 @@ def test_what_its_client_has_aborted_is_not_kept(driver: SessionDriver) -> None:
     driver.add(OLD, 3, [1], request_id="a")
     driver.run()
     assert driver.ends(OLD, 3) == [Finished(3, LENGTH)]
+
+
+@pytest.mark.parametrize("is_attached", [True, False], ids=["attached to", "its own"])
+def test_nor_is_what_had_ended_when_its_client_aborted_it(
+    driver: SessionDriver, is_attached: bool
+) -> None:
+    driver.add(OLD, 1, [1], request_id="a")
+    driver.add(OLD, 2, [1], request_id="b")
+    driver.run()
+    driver.reconnect()
+    if is_attached:
+        driver.attach(NEW, 7, "a")
+        driver.run()
+        handle = 7
+    else:
+        driver.add(NEW, 1, [1], request_id="a")  # in the place of what was kept
+        driver.run()
+        handle = 1
+    driver.abort(NEW, handle, 2, 2**63, -1)  # of which 2 was the other connection's
+    driver.attach(NEW, 8, "a")
+    driver.attach(NEW, 9, "b")
+    driver.run()
+    assert [end.kind for end in driver.ends(NEW, 8)] == [ErrorKind.LOST]
+    assert driver.tokens(NEW, 9) == expected([1], 3)
+
+
+def test_a_handle_that_was_used_twice_ends_no_more_than_its_own_requests(
+    driver: SessionDriver,
+) -> None:
+    for request_id in "ab":
+        driver.add(OLD, 1, [1], request_id=request_id)
+        driver.run()
+    driver.add(OLD, 2, [1], request_id="a")  # what was kept makes way
+    driver.run()
+    driver.abort(OLD, 1)
+    driver.abort(OLD, 1)
+    for handle, request_id in enumerate("ab", 3):
+        driver.attach(OLD, handle, request_id)
+    driver.run()
+    assert driver.tokens(OLD, 3) == expected([1], 3)
+    assert driver.ends(OLD, 4)[0].kind is ErrorKind.LOST
+    driver.core.leave(OLD)
+    assert not driver.core._leases._told
+
+
+def test_what_a_stop_string_has_ended_in_its_client_is_kept_like_that(
+    driver: SessionDriver,
+) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    for _ in range(4):
+        driver.step()
+    driver.abort(OLD, 1, have_ended=True)
+    driver.run()
+    assert driver.ends(OLD, 1) == [Finished(1, STOP)]
+    driver.check_empty()
+    driver.attach(OLD, 2, "a")  # in the same connection, and in the next
+    driver.run()
+    driver.reconnect()
+    assert driver.core.stats().num_detached == 0
+    driver.attach(NEW, 1, "a")
+    driver.run()
+    for client, handle in ((OLD, 2), (NEW, 1)):
+        assert driver.runs(client, handle) == [(0, expected([1], 4))]
+        assert driver.ends(client, handle) == [Finished(handle, STOP)]
+        assert driver.started(client, handle) == [Started(handle, 0, 0.0, 0.0)]
+
+
+def test_so_is_one_that_ended_in_a_client_which_had_attached_to_it(driver: SessionDriver) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    driver.step()
+    driver.park(OLD, 1)
+    driver.lose(OLD)  # before it could say that this token was the last
+    for _ in range(3):
+        driver.step()
+    driver.core.join(NEW, SESSION)
+    driver.attach(NEW, 1, "a")
+    driver.step()
+    driver.abort(NEW, 1, have_ended=True)
+    driver.lose(NEW)
+    driver.core.join(OLD, SESSION)
+    driver.attach(OLD, 5, "a")
+    driver.run()
+    assert driver.tokens(OLD, 5) == expected([1], 5)
+    assert driver.ends(OLD, 5) == [Finished(5, STOP)]
+    driver.check_empty()
+
+
+def test_one_that_had_ended_before_its_client_said_so_stays_as_it_was(
+    driver: SessionDriver,
+) -> None:
+    driver.add(OLD, 1, [1], request_id="a")
+    driver.run()
+    driver.abort(OLD, 1, have_ended=True)
+    driver.attach(OLD, 2, "a")
+    driver.run()
+    assert driver.ends(OLD, 1) == [Finished(1, LENGTH)]
+    assert driver.ends(OLD, 2) == [Finished(2, LENGTH)]
+    assert driver.tokens(OLD, 2) == expected([1], 3)
+
+
+def test_of_several_completions_the_others_go_on_and_nothing_is_kept(
+    driver: SessionDriver,
+) -> None:
+    driver.add(OLD, 1, [1, 2], n=3, max_tokens=6)
+    driver.step()
+    driver.step()
+    driver.abort(OLD, 2, have_ended=True)
+    driver.run()
+    assert [driver.ends(OLD, handle)[0].reason for handle in (1, 2, 3)] == [LENGTH, STOP, LENGTH]
+    for handle in (1, 3):
+        assert len(driver.tokens(OLD, handle)) == 6
+    assert not driver.core._leases
+    driver.check_empty()
+
+
+@pytest.mark.parametrize("waits_s", [0.0, LEASE_S - 0.1, LEASE_S])
+def test_what_has_ended_in_its_client_has_the_lease_time_too(
+    driver: SessionDriver, waits_s: float
+) -> None:
+    driver.add(OLD, 1, [1], request_id="a", max_tokens=30)
+    driver.step()
+    driver.abort(OLD, 1, have_ended=True)
+    driver.lose(OLD)
+    driver.step()
+    assert driver.core.seconds_to_deadline == LEASE_S
+    driver.clock.now += waits_s
+    driver.step()
+    driver.core.join(NEW, SESSION)
+    driver.attach(NEW, 1, "a")
+    driver.step()
+    if waits_s < LEASE_S:
+        assert driver.tokens(NEW, 1) == expected([1], 1)
+    else:
+        driver.assert_lost(NEW, 1)
 
 
 def test_handles_of_two_connections_may_be_the_same(driver: SessionDriver) -> None:
@@ -471,6 +605,22 @@ def test_the_first_that_ended_is_forgotten_when_a_session_keeps_too_much(tmp_pat
     assert kept == list(range(12 - len(kept), 12))
 
 
+def test_what_has_ended_in_its_client_counts_as_well(tmp_path: Path) -> None:
+    driver = SessionDriver(tmp_path, lease_bytes=300)
+    for handle in range(12):
+        driver.add(OLD, handle, [1] * 20, request_id=f"{handle}", max_tokens=20)
+        driver.step()
+        driver.abort(OLD, handle, have_ended=True)
+    assert driver.core._leases._sessions[SESSION].num_bytes <= 300
+    driver.reconnect()
+    for handle in range(12):
+        driver.attach(NEW, handle, f"{handle}")
+    driver.run()
+    kept = [handle for handle in range(12) if driver.tokens(NEW, handle)]
+    assert 1 < len(kept) < 8
+    assert kept == list(range(12 - len(kept), 12))
+
+
 def test_one_that_runs_without_a_client_and_keeps_too_much_is_ended(tmp_path: Path) -> None:
     driver = SessionDriver(tmp_path, lease_bytes=200)
     driver.add(OLD, 1, [1], request_id="ended")
@@ -518,7 +668,7 @@ def test_nothing_is_left_of_sessions_that_are_over(driver: SessionDriver) -> Non
     driver.step()
     core = driver.core
     assert not core._leases and not core._leases._sessions
-    assert not core._requests[DETACHED]
+    assert not list(core._live)
     assert len(core._scheduler._waiting._lines) == 0
     driver.check_empty()
 

@@ -1,10 +1,14 @@
 """An engine that is about to end: nothing new, what there is comes to its end, then it says so."""
 
+from dataclasses import dataclass
 from math import inf, nan
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from footplate.backend.core_process import BACKLOG_RETRY_S, _patience
+from footplate.backend.outbox import Outbox
 from footplate.protocol.messages import ControlReply, ErrorKind, Finished, FinishReason
 
 from .flow_driver import ALICE, BOB, FlowDriver, expected
@@ -25,8 +29,9 @@ def test_who_runs_and_who_waits_finishes_and_then_it_is_answered(driver: FlowDri
     assert driver.drain(BOB, 7) is None
     assert driver.core.is_draining
     while not driver.replies:
-        assert driver.core.has_work
+        assert driver.core.has_work or driver.core.is_drained
         driver.step()
+    assert not driver.core.is_drained
     assert driver.replies == [(BOB, ControlReply(7, True))]
     for handle in range(4):
         assert driver.tokens(ALICE, handle) == expected([handle + 1], 3)
@@ -36,7 +41,7 @@ def test_who_runs_and_who_waits_finishes_and_then_it_is_answered(driver: FlowDri
 
 def test_an_idle_engine_is_drained_at_once(driver: FlowDriver) -> None:
     driver.drain(ALICE, 1)
-    assert driver.core.has_work
+    assert driver.core.is_drained
     driver.step()
     assert driver.replies == [(ALICE, ControlReply(1, True))]
     driver.check_empty()
@@ -51,10 +56,35 @@ def test_what_clients_have_still_to_take_is_waited_for_until_the_deadline(
 ) -> None:
     driver.drain(ALICE, 1, timeout_s=5.0)
     assert driver.core.take_replies(has_backlog=True) == []
+    assert driver.core.is_drained and not driver.core.has_work
+    assert driver.core.seconds_to_deadline == 5.0
     driver.clock.now += 5.0
     assert driver.core.take_replies(has_backlog=True) == [(ALICE, ControlReply(1, True))]
+    assert driver.core.seconds_to_deadline is None
     driver.drain(ALICE, 2)
     assert driver.core.take_replies(has_backlog=False) == [(ALICE, ControlReply(2, True))]
+
+
+@dataclass
+class Lanes:
+    """An outbox, as the busy loop asks it how long to wait."""
+
+    has_backlog: bool
+
+
+def test_the_busy_loop_does_not_spin_while_a_client_has_still_to_read(driver: FlowDriver) -> None:
+    lanes = Lanes(has_backlog=True)
+    outbox = cast(Outbox, lanes)
+    driver.drain(ALICE, 1)
+    for _ in range(3):
+        assert driver.core.take_replies(lanes.has_backlog) == []
+        assert _patience(driver.core, outbox) == BACKLOG_RETRY_S
+    driver.drain(BOB, 2, timeout_s=BACKLOG_RETRY_S / 2)
+    assert _patience(driver.core, outbox) == pytest.approx(BACKLOG_RETRY_S / 2)
+    lanes.has_backlog = False  # it has been flushed behind the last look
+    assert _patience(driver.core, outbox) == 0
+    assert len(driver.core.take_replies(lanes.has_backlog)) == 2
+    assert _patience(driver.core, outbox) is None
 
 
 def test_every_clients_new_requests_are_refused_and_replays_are_not(driver: FlowDriver) -> None:

@@ -16,9 +16,10 @@ from .flow_driver import FlowDriver, expected
 LEASE_S = 8.0
 MAX_TOKENS = 12
 ERROR, ABORT, LENGTH = FinishReason.ERROR, FinishReason.ABORT, FinishReason.LENGTH
+STOP = FinishReason.STOP
 
 
-ACTS = ("add", "park", "resume", "attach") * 3 + ("abort", "lose", "lose", "bye")
+ACTS = ("add", "park", "resume", "attach") * 3 + ("abort", "end", "lose", "lose", "bye")
 
 
 @cache
@@ -72,7 +73,7 @@ class Schedule:
         self.driver.run()
         self.driver.check_empty()
         assert not self.core._leases and not self.core._leases._sessions
-        assert self.core._requests == {DETACHED: {}}
+        assert self.core._live._tables == {DETACHED: {}}
 
     def act(self) -> None:
         session = self.random.choice((b"one", b"two", b""))
@@ -96,6 +97,8 @@ class Schedule:
                 self.parked -= {(client, handle) for handle in some}
             case "abort":
                 self.driver.abort(client, *some)
+            case "end":
+                self.driver.abort(client, *some, have_ended=True)
             case "lose":
                 self.driver.lose(self.connections.pop(session))
                 self.happened["detached"] += self.core.stats().num_detached > 0
@@ -156,7 +159,7 @@ class Schedule:
             self.happened[str(ends[0].reason)] += 1
         attached = [(client, m.handle) for client in here for m in self.driver.attached(client)]
         for client, handle in attached:
-            assert self.driver.ends(client, handle)[0].reason in (LENGTH, ABORT)
+            assert self.driver.ends(client, handle)[0].reason in (LENGTH, ABORT, STOP)
         self.happened["attached"] += sum(isinstance(m, Attached) for _, m in self.driver.replies)
         if self.is_draining and not self.core.stats().num_parked:
             assert any(isinstance(m, ControlReply) and m.ok for _, m in self.driver.replies)
@@ -174,3 +177,4 @@ def test_whatever_interrupts_requests_their_tokens_are_their_own(tmp_path: Path)
         happened += schedule.happened
     for what in ("parked", "detached", "attached", "length", "abort", "error"):
         assert happened[what] > 50, happened
+    assert happened["stop"] > 10, happened

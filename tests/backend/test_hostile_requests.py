@@ -141,7 +141,8 @@ def test_no_request_ends_the_core_or_changes_another(seed: int, tmp_path: Path) 
     for position in range(PLAIN.max_tokens):
         expected.append(next_token(digest_prefix(expected), position, PLAIN, VOCAB_SIZE, 16))
     num_taken = 0
-    live = core._requests[CLIENT]
+    live = core._live.of(CLIENT)
+    assert live is not None
     for handle in range(30):
         core.handle(b"plain", AddRequest(handle, PROMPT, PLAIN))
         told: list[int] = []

@@ -1,5 +1,6 @@
 """What a Welcome tells each client of the core before this one, and taking leave."""
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from footplate.protocol.messages import (
     Limits,
     ModelFacts,
     Progress,
+    Refused,
     Welcome,
 )
 
@@ -31,7 +33,8 @@ WELCOME = Welcome(
 )
 ALICE, BOB = b"A" * 16, b"B" * 16
 
-Greet = Callable[[bytes], Callable[[], Welcome | Progress]]
+Answer = Welcome | Progress | Refused
+Greet = Callable[[bytes], Callable[[], Answer]]
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def greet(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> Iterator[G
     address = f"ipc://{tmp_path}/x"
     sockets: list[zmq.Socket[bytes]] = []
 
-    def say_hello(session: bytes) -> Callable[[], Welcome | Progress]:
+    def say_hello(session: bytes) -> Callable[[], Answer]:
         client_id = new_client_id()
         endpoint = output_endpoint(address, client_id)
         pull, dealer = context.socket(zmq.PULL), context.socket(zmq.DEALER)
@@ -76,9 +79,9 @@ def greet(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> Iterator[G
         hello = Encoder().encode(Hello(PROTOCOL_VERSION, endpoint, session))
         dealer.send_multipart([hello, hello])  # a client may ask again before it is answered
 
-        def hear() -> Welcome | Progress:
+        def hear() -> Answer:
             answer = core_message_decoder().decode(dealer.recv())
-            assert isinstance(answer, Welcome | Progress)
+            assert isinstance(answer, Answer)
             return answer
 
         return hear
@@ -110,6 +113,28 @@ def test_one_that_came_while_the_core_was_starting_is_told_too(inbox: Inbox, gre
     welcome = hear()
     assert isinstance(welcome, Welcome) and welcome.suspects == [3, 5]
     join(inbox)
+
+
+def test_an_end_that_is_announced_while_the_thread_is_busy_is_told_all_the_same(
+    inbox: Inbox, greet: Greet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def wait_at_the_gate() -> bool:
+        return bool(inbox._hopefuls) and not gate.wait(PATIENCE_S)
+
+    monkeypatch.setattr(inbox._gatekeeper, "refresh", wait_at_the_gate)
+    hear = greet(ALICE)
+    assert isinstance(hear(), Progress) and isinstance(hear(), Progress)
+    # From here on its thread stands at the gate, behind the messages that it has read.
+    inbox.announce(Refused("start", "the engine was told to end"))
+    closing = threading.Thread(target=inbox.close)
+    closing.start()
+    while not inbox._closing:
+        pass
+    gate.set()
+    closing.join(PATIENCE_S)
+    assert hear() == Refused("start", "the engine was told to end")
 
 
 def test_a_client_that_puts_something_else_in_the_place_of_its_socket_harms_nobody(

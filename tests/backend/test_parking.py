@@ -56,7 +56,7 @@ def test_what_it_has_computed_is_found_again_in_the_prefix_cache(driver: FlowDri
     driver.park(ALICE, 1)
     driver.run()
     driver.resume(ALICE, 1)
-    [[request]] = [list(live.values()) for live in driver.core._requests.values() if live]
+    [request] = driver.core._live
     driver.step()
     assert request.num_computed_tokens == 13
     driver.core.leave(ALICE)

@@ -152,8 +152,10 @@ async def test_from_every_position_on_it_hands_out_exactly_the_rest(
         outputs, position = [], 0
         while position < len(token_ids) and not stream.is_finished:
             run = token_ids[position : position + dice.choice((1, 2, 5, 40))]
-            over = receive(client, stream, position, run)
-            assert over == ([stream.handle] if stream.is_finished else [])
+            assert receive(client, stream, position, run) == []
+            assert client.notices.take() == (
+                [AbortRequests([stream.handle], have_ended=True)] if stream.is_finished else []
+            )
             position += len(run)
             if (due := stream._due()) and dice.random() < 0.5:
                 outputs.append(stream._take(due).outputs[0])

@@ -199,6 +199,38 @@ async def test_a_stop_string_ends_a_stream_and_the_core_is_to_be_told() -> None:
     assert await tokens_of(a) == [1, 2]
 
 
+def send(client: EngineClient, stream: RequestStream, request_id: str | None = None) -> None:
+    params = TokenParams(0.0, 1.0, 0, 0.0, 0, 99, 0, ())
+    n = len(stream.completions)
+    client.enqueue(stream, AddRequest(stream.handle, [1], params, n=n, request_id=request_id))
+
+
+async def test_of_a_request_with_an_id_the_core_is_told_that_a_stop_string_has_ended_it() -> None:
+    client = EngineClient()
+    stopped, aborted = (open_stream(client, name, stop=("bc",)) for name in ("stopped", "aborted"))
+    for stream in (stopped, aborted):
+        send(client, stream, stream.request_id)
+    told = outputs((stopped.handle, 0, [1, 2, 3]), (aborted.handle, 0, [1, 1, 1]))
+    assert client.handle(told, 1.0) == []
+    assert client.notices.take() == [AbortRequests([stopped.handle], have_ended=True)]
+    assert await tokens_of(stopped) == [1, 2]
+    # Its user's own abort, and output that is of no use, leave nothing to be kept.
+    assert client.abort(["stopped", "aborted"]) == AbortRequests([aborted.handle])
+    holed = open_stream(client, "holed")
+    send(client, holed, "holed")
+    assert client.handle(outputs((holed.handle, 2, [5])), 1.0) == [holed.handle]
+    assert not client.notices
+
+
+async def test_of_several_completions_each_is_stopped_by_itself_and_has_no_id() -> None:
+    client = EngineClient()
+    stream = open_stream(client, "a", stop=("bc",), n=3)
+    send(client, stream)
+    assert client.handle(outputs((2, 0, [1, 2]), (1, 0, [1])), 1.0) == [2]
+    assert client.handle(outputs((3, 0, [1, 2]), (1, 1, [2])), 1.0) == [3, 1]
+    assert not client.notices and client.num_live == 0
+
+
 async def test_aborting_ends_streams_at_once_and_names_their_handles() -> None:
     client = EngineClient()
     a, b, c = (open_stream(client, name) for name in "abc")

@@ -221,15 +221,20 @@ def test_notices_are_gathered_and_taken_once() -> None:
         notices.abort([handle])
     notices.park(10_001)
     notices.resume(10_002)
+    notices.end(10_003)
     assert firsts == [1] and notices
     assert notices.take() == [
         AbortRequests(list(range(10_000))),
+        AbortRequests([10_003], have_ended=True),
         ParkRequests([10_001]),
         ResumeRequests([10_002]),
     ]
     assert not notices and notices.take() == []
     notices.park(1)
     assert firsts == [2]
+    notices.take()
+    notices.end(1)
+    assert firsts == [3] and notices
 
 
 # ---- on the wire

@@ -23,6 +23,10 @@ FOREVER = SamplingParams(max_tokens=30_000, detokenize=False)
 CLIENT_KEY = "what only this program knows"
 PROMPT = [20, 21]
 DETACHABLE = SamplingParams(max_tokens=5_000, seed=3, output_kind=RequestOutputKind.DELTA)
+# The fake model comes to this in the first hundred tokens; without it, it would go on for long.
+STOPPING = SamplingParams(
+    max_tokens=900_000, seed=3, output_kind=RequestOutputKind.DELTA, stop=["sugC"]
+)
 
 
 def say(*words: object) -> None:
@@ -67,6 +71,18 @@ async def keeping(address: str) -> None:
         [completion] = (await anext(stream)).outputs
         say("taken", json.dumps([completion.token_ids, completion.text]))
     say("waits")
+    await asyncio.Event().wait()
+
+
+async def stopping(address: str) -> None:
+    """A request that a stop string ends; what has been handed out of it."""
+    engine = AsyncLLMEngine.connect(address, client_key=CLIENT_KEY)
+    stream = await engine.add_request("mine", PROMPT, STOPPING, detachable=True)
+    async for output in stream:
+        [completion] = output.outputs
+        say("taken", json.dumps([completion.token_ids, completion.text]))
+    await engine.get_stats()  # the core has heard all that was said before
+    say("stopped")
     await asyncio.Event().wait()
 
 
@@ -118,6 +134,8 @@ def main(what: str, where: str) -> None:
             asyncio.run(attached(where))
         case "keeping":
             asyncio.run(keeping(where))
+        case "stopping":
+            asyncio.run(stopping(where))
         case "forgets":  # an engine that is not shut down at the end of the program
             engine = AsyncLLMEngine(EngineArgs(model="fake"))
             asyncio.run(stream(engine))

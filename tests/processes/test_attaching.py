@@ -15,7 +15,7 @@ from footplate.protocol.errors import EngineDeadError, RequestFailedError, Reque
 from footplate.protocol.links import default_address
 from tests.frontend.fake_model import write_tokenizer
 
-from .client_program import CLIENT_KEY, DETACHABLE, FOREVER, PROMPT
+from .client_program import CLIENT_KEY, DETACHABLE, FOREVER, PROMPT, STOPPING
 from .conftest import HERE, PATIENCE_S, Program, in_time
 from .test_launch import launch, wait_until_ready
 
@@ -94,6 +94,45 @@ async def test_another_process_goes_on_where_the_one_that_was_killed_had_come(
         # It has ended, and its last words may not have arrived.
         stream = await engine.attach("mine", DETACHABLE)
         assert await rest_of(stream) == expected
+
+
+async def test_what_a_stop_string_has_ended_is_there_when_its_client_was_killed(
+    run: Run, launched: Callable[..., str]
+) -> None:
+    address = launched("--max-model-len", "1000000")
+    program = run(HERE / "client_program.py", "stopping", address)
+    program.line_with("stopped")
+    program.signal(signal.SIGKILL)
+    taken = taken_by(program.seen[:-1])
+    assert 4 < len(taken[0]) < 1000 and taken[1]
+    async with known_to(address, None) as witness, asyncio.timeout(PATIENCE_S):
+        while not (stats := await witness.get_stats()).num_detached:
+            pass  # each call waits for its answer
+        assert stats.num_running == 0, "the core knows that it has ended"
+    async with known_to(address) as engine:
+        for from_position in (0, len(taken[0]) - 1, len(taken[0])):
+            stream = await engine.attach("mine", STOPPING, from_position=from_position)
+            token_ids, text = await rest_of(stream)
+            assert token_ids == taken[0][from_position:] and taken[1].endswith(text)
+            assert text == taken[1] or from_position
+        plain = await engine.attach("mine", DETACHABLE)
+        outputs = [output.outputs[0] async for output in plain]
+        assert outputs[-1].finish_reason == "stop", "as the core has it, whoever asks"
+        assert "sugC" in "".join(output.text for output in outputs)
+
+
+async def test_what_its_user_has_aborted_is_not_there(launched: Callable[..., str]) -> None:
+    async with known_to(launched()) as engine:
+        for name, end in (("aborted", engine.abort), ("left", None)):
+            stream = await engine.add_request(name, PROMPT, FOREVER, detachable=True)
+            await anext(stream)
+            if end is None:
+                await stream.aclose()
+            else:
+                await end(name)
+            with pytest.raises(RequestLostError, match="it was aborted"):
+                await engine.attach(name, FOREVER)
+        assert await is_empty(engine)
 
 
 async def test_the_documented_program_may_be_killed_and_run_again(

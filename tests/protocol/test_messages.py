@@ -94,7 +94,7 @@ GOLDEN_CLIENT: list[tuple[Message, str]] = [
         "612faa6c6c67756964616e636593040102c300a0039105cb3fe0000000000000cb3ff0000000000000cb"
         "4000000000000000c2c2c0",
     ),
-    (AbortRequests([1, 2]), "92a561626f7274920102"),
+    (AbortRequests([1, 2]), "93a561626f7274920102c2"),
     (Goodbye(), "91a3627965"),
     (ResetPrefixCache(3), "92b272657365745f7072656669785f636163686503"),
     (GetStats(4), "92a96765745f737461747304"),
@@ -107,6 +107,7 @@ GOLDEN_CLIENT: list[tuple[Message, str]] = [
     (ParkRequests([1, 2]), "92a47061726b920102"),
     (ResumeRequests([3]), "92a6726573756d659103"),
     (Drain(4, 1.5), "93a5647261696e04cb3ff8000000000000"),
+    (AbortRequests([3], have_ended=True), "93a561626f72749103c3"),
 ]
 
 GOLDEN_CORE: list[tuple[Message, str]] = [
@@ -245,6 +246,7 @@ GOLDEN_1_1: list[tuple[Message, str]] = [
         ControlReply(4, True, "", STATS),
         "95a57265706c7904c3a09b0102030405060708090a0b",
     ),
+    (AbortRequests([1, 2]), "92a561626f7274920102"),
 ]
 
 

@@ -15,10 +15,13 @@ from footplate.backend.backlog import Backlog
 from footplate.backend.block_pool import BlockPool
 from footplate.backend.delivery import Delivery
 from footplate.backend.engine_core import EngineCore
+from footplate.backend.live_requests import LiveRequests
 from footplate.backend.prefix_cache import PrefixCache
+from footplate.backend.prompt_reading import PromptReading
 from footplate.backend.repetition import RepetitionDetector
 from footplate.backend.scheduler import Scheduler
 from footplate.backend.siblings import Siblings
+from footplate.backend.telling import Telling
 from footplate.backend.waiting_queue import WaitingQueue
 
 from .checking_runner import BrokenPlan
@@ -121,8 +124,8 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "taken = dict(self._columns)",
     ),
     "an abort is not confirmed": (
-        EngineCore,
-        "_finish",
+        LiveRequests,
+        "tell_end",
         "self._delivery.end(request.client, request.handle, reason, message, kind)",
         "pass",
     ),
@@ -199,7 +202,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "num_tokens + request.params.max_tokens",
     ),
     "the start is told at output position 0 only": (
-        EngineCore,
+        Telling,
         "_tell_tokens",
         "position == request.num_prior_tokens",
         "position == 0",
@@ -211,8 +214,8 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "prior[params.min_tokens + 1 :]",
     ),
     "a prompt is scored twice": (
-        Scheduler,
-        "_count_computed",
+        PromptReading,
+        "count",
         "request.num_scored = max(request.num_scored, rows.position + len(rows.ranks))",
         "pass",
     ),
@@ -223,10 +226,10 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "False",
     ),
     "more rows are scored than there is room for": (
-        Scheduler,
-        "_chunk",
-        "count = min(count, self._max_scored_rows)",
-        "pass",
+        PromptReading,
+        "limit",
+        "return min(count, self._max_scored_rows)",
+        "return count",
     ),
     "a long prompt is never capped": (Scheduler, "_chunk", "and not is_alone", "and False"),
     "the rows of a failed request get a name": (

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from footplate.backend.kernels.ops import Kernels, LayerPages, StepTables
+from footplate.backend.kernels.cache import LayerPages, StepTables
+from footplate.backend.kernels.ops import Kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}

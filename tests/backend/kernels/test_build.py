@@ -25,7 +25,8 @@ from footplate.backend.kernels.build import (
     load,
     usable_instruction_sets,
 )
-from footplate.backend.kernels.ops import Kernels, PackedLinear, Quantization
+from footplate.backend.kernels.linear import PackedLinear, Quantization
+from footplate.backend.kernels.ops import Kernels
 
 
 class FakeCompiler:

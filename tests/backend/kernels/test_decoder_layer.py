@@ -5,16 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from footplate.backend.kernels.cache import LayerPages, StepTables
 from footplate.backend.kernels.decoder_layer import DecoderLayer
-from footplate.backend.kernels.ops import (
-    Kernels,
-    LayerPages,
-    NormWeight,
-    PackedGatedMLP,
-    PackedLinear,
-    Quantization,
-    StepTables,
-)
+from footplate.backend.kernels.linear import PackedGatedMLP, PackedLinear, Quantization
+from footplate.backend.kernels.norm import NormWeight
+from footplate.backend.kernels.ops import Kernels
 
 HIDDEN, INNER, HEADS, KV_HEADS, SIZE = 68, 90, 4, 2, 18
 SCALE, WINDOW, SOFTCAP = 0.3, 9, 5.0

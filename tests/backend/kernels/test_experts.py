@@ -6,13 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from footplate.backend.kernels.ops import (
-    Kernels,
-    PackedExperts,
-    PackedGatedMLP,
-    PackedLinear,
-    Quantization,
-)
+from footplate.backend.kernels.experts import PackedExperts
+from footplate.backend.kernels.linear import PackedGatedMLP, PackedLinear, Quantization
+from footplate.backend.kernels.ops import Kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 INPUTS, SIZE, OUTPUTS, NUM_EXPERTS, TOP_K = 51, 36, 40, 5, 3

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from footplate.backend.kernels.ops import Activation, Kernels, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.linear import Activation, PackedGatedMLP, PackedLinear
+from footplate.backend.kernels.ops import Kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 

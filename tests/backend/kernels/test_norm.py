@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from footplate.backend.kernels.ops import Kernels, LayerPages, NormWeight, StepTables
+from footplate.backend.kernels.cache import LayerPages, StepTables
+from footplate.backend.kernels.norm import NormWeight
+from footplate.backend.kernels.ops import Kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [1, 16, 51, 64, 128, 1000]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from footplate.backend.kernels.ops import Kernels, PackedGatedMLP, PackedLinear, Quantization
+from footplate.backend.kernels.linear import PackedGatedMLP, PackedLinear, Quantization
+from footplate.backend.kernels.ops import Kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(64, 128), (100, 72), (37, 51), (16, 1025), (256, 768)]

@@ -12,7 +12,9 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from footplate.backend.kernels.ops import Activation, Kernels, PackedExperts
+from footplate.backend.kernels.experts import PackedExperts
+from footplate.backend.kernels.linear import Activation
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.runner.model_runner import load_model_runner
 from footplate.backend.runner.packed_experts import (
     activation_of,

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from footplate.backend.kernels.ops import Kernels, PackedLinear
+from footplate.backend.kernels.linear import PackedLinear
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.runner.packed_router import apart, looks_like_router, pack_router
 from footplate.backend.runner.recording import Call
 

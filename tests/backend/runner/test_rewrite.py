@@ -15,7 +15,8 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from footplate.backend.kernels.ops import Kernels, Quantization
+from footplate.backend.kernels.linear import Quantization
+from footplate.backend.kernels.ops import Kernels
 from footplate.backend.runner.batch import Chunk, RaggedBatch
 from footplate.backend.runner.cpu_attention import CpuAttention
 from footplate.backend.runner.direct_forward import DirectForward
