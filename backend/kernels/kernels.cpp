@@ -1,7 +1,8 @@
 // Footplate's kernels for one instruction set: everything that is called from Python.
 //
-// Compiled on first use for the CPU at hand (build.py), called through ctypes (ops.py). Tensors
-// arrive as addresses; ops.py has checked them. Every function may be called with no rows.
+// Compiled on first use for the CPU at hand (build.py), called through ctypes (ops.py, and a file
+// beside each header), which has checked all there is to check: tensors arrive as addresses. Every
+// function may be called with no rows.
 //
 //   words.h, simd.h    numbers, and sixteen lanes of them on any CPU
 //   tile.h             the micro-kernel
