@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 from pathlib import Path
@@ -39,6 +39,7 @@ from footplate.protocol.fork_link import OWN_VARIABLES, Ended, Fork, Forked, For
 
 logger = logging.getLogger(__name__)
 
+EX_OSERR = 71  # sysexits.h
 THREAD_END_S = 1.0
 # Above all that a child is given.
 _FIRST_SPARE_FILE = 10
@@ -105,7 +106,13 @@ class ForkServer:
         gc.freeze()
 
     def _fork(self, request: Fork, files: list[int]) -> None:
-        process_id = os.fork()
+        try:
+            process_id = os.fork()
+        except OSError as error:  # too many processes, or no memory for one
+            logger.error("no engine core can be made: %s", error)
+            _close(files)
+            self._link.send(Ended(request.number, EX_OSERR))
+            return
         if process_id == 0:
             try:
                 self._become_core(request, files)
@@ -113,13 +120,11 @@ class ForkServer:
                 traceback.print_exc()
             finally:
                 os._exit(EX_SOFTWARE)
-        for file in files:
-            os.close(file)
+        _close(files)
         self._children[process_id] = request.number
         handle = _open_process(process_id)
         self._link.send(Forked(request.number, process_id), handle)
-        for file in handle:
-            os.close(file)
+        _close(handle)
 
     def _become_core(self, request: Fork, files: list[int]) -> NoReturn:
         signal.set_wakeup_fd(-1)
@@ -127,8 +132,7 @@ class ForkServer:
         os.setsid()
         # Out of the way first: one may have the number that another is to get.
         spare = [fcntl(file, F_DUPFD_CLOEXEC, _FIRST_SPARE_FILE) for file in files]
-        for file in (*files, *self._bell):
-            os.close(file)
+        _close((*files, *self._bell))
         for file, number in zip(spare, (0, 1, WEIGHTS_FILE), strict=False):
             os.dup2(file, number)  # 0 was the link, whose object our callers hold
             os.close(file)
@@ -173,6 +177,11 @@ def _open_process(process_id: int) -> list[int]:
     with suppress(OSError, AttributeError):
         return [os.pidfd_open(process_id)]
     return []
+
+
+def _close(files: Iterable[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 @contextmanager
