@@ -225,6 +225,11 @@ class CoreHost:
         return self._produced is not None
 
     @property
+    def is_poisoned(self) -> bool:
+        """Whether the step it is in is one that no core survives."""
+        return any(request.cache_salt == POISON for request in self.runner.participants)
+
+    @property
     def has_work(self) -> bool:
         """Whether the busy loop has anything to do now."""
         return bool(self._events or self.core.has_work or self._compiler)
