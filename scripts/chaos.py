@@ -4,6 +4,7 @@ run undisturbed.
 
 scripts/chaos.py                                     200 kills, fake model, 64 streams
 scripts/chaos.py --model demo --kills 50 --standby
+scripts/chaos.py --model 160m --kills 20             random weights in that shape; or a model folder
 scripts/chaos.py --kill hang --seconds 60            or crash, stop, garbage, client
 
 Faults: "core" is SIGKILL; "crash" a core that ends itself (segmentation fault, exit, exception);
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
+from benchmark import make_random_model
 from chaos_clients import kill_clients
 from chaos_faults import FAIL_POINTS, Restarts, make_fault
 from chaos_load import Load, make_templates
@@ -40,7 +42,7 @@ async def disturb(options: argparse.Namespace) -> bool:
     dice = Random(options.seed)
     fault = make_fault(options.kill, dice)
     restarts = Restarts(fault)
-    args = engine_args(options)
+    args = {**engine_args(options), "quantization": options.quantization}
     more: dict[str, Any] = {"standby": True} if options.standby else {}
     disturbed = EngineArgs(**args, **fault.engine_args, **more, max_restarts=10**6)
     async with AsyncLLMEngine.from_engine_args(EngineArgs(**args)) as engine:
@@ -118,7 +120,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="fake", help="fake, demo, or a folder")
+    parser.add_argument("--model", default="fake", help="fake, demo, 160m, or a folder")
+    parser.add_argument("--quantization", choices=("int8", "int4"), help="of its weights")
     parser.add_argument("--kill", choices=(*FAULTS, "worker"), default="core")
     parser.add_argument("--kills", type=int, help="how often; 200 if no time is given")
     parser.add_argument("--seconds", type=float, help="for how long")
@@ -135,6 +138,8 @@ def main() -> int:
         return EX_USAGE
     if options.kills is None:
         options.kills = 200 if options.seconds is None else sys.maxsize
+    if options.model == "160m":
+        options.model = make_random_model("llama-160m", "auto", has_tokenizer=True)
     keep_quiet(options.log)
     if options.model == "fake":
         os.environ.setdefault(FAIL_POINTS, FAKE_STEP)
