@@ -378,11 +378,13 @@ class World:
             return
         if self._begin(host):
             end = self.now + self._random.uniform(0.0, 5.0)
-            while self.now < end:
+            while self.now < end and self.supervisor.host is host:
                 self.now += PATIENCE.beat_s
                 self._keep_up()
                 self._carry_to_core(2)
-            self._end(host)
+            # One that was stopped just before has been silent for long enough to be ended.
+            if self.supervisor.host is host:
+                self._end(host)
 
     def _suspend(self) -> None:
         """The whole machine, for a minute or an hour."""
