@@ -228,6 +228,9 @@ class Inbox:
                     self._serve(ready)
                 if self._gatekeeper.refresh():
                     self._dismiss_revoked()
+            if isinstance(self._state, Refused):
+                # Announced just before the end, perhaps while this thread did something else.
+                self._tell_hopefuls()
             self._router.close()  # the clients' monitors are the main thread's to close
             self._gatekeeper.close()
         except BaseException as error:
@@ -436,6 +439,8 @@ class Inbox:
         else:
             for client, (peer, _) in self._hopefuls.items():
                 self._answer(client, as_told_to(peer, self._state))
+            if isinstance(self._state, Refused):
+                self._hopefuls.clear()  # there is nothing to hope for
 
     def _answer(self, client: ClientId, message: Progress | Welcome | Refused | Pong) -> None:
         with suppress(zmq.ZMQError):  # it is gone, or reads nothing

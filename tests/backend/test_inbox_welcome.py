@@ -1,5 +1,6 @@
 """What a Welcome tells each client of the core before this one, and taking leave."""
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from footplate.protocol.messages import (
     Limits,
     ModelFacts,
     Progress,
+    Refused,
     Welcome,
 )
 
@@ -31,7 +33,7 @@ WELCOME = Welcome(
 )
 ALICE, BOB = b"A" * 16, b"B" * 16
 
-Greet = Callable[[bytes], Callable[[], Welcome | Progress]]
+Greet = Callable[[bytes], Callable[[], Welcome | Progress | Refused]]
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def greet(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> Iterator[G
     address = f"ipc://{tmp_path}/x"
     sockets: list[zmq.Socket[bytes]] = []
 
-    def say_hello(session: bytes) -> Callable[[], Welcome | Progress]:
+    def say_hello(session: bytes) -> Callable[[], Welcome | Progress | Refused]:
         client_id = new_client_id()
         endpoint = output_endpoint(address, client_id)
         pull, dealer = context.socket(zmq.PULL), context.socket(zmq.DEALER)
@@ -76,9 +78,9 @@ def greet(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> Iterator[G
         hello = Encoder().encode(Hello(PROTOCOL_VERSION, endpoint, session))
         dealer.send_multipart([hello, hello])  # a client may ask again before it is answered
 
-        def hear() -> Welcome | Progress:
+        def hear() -> Welcome | Progress | Refused:
             answer = core_message_decoder().decode(dealer.recv())
-            assert isinstance(answer, Welcome | Progress)
+            assert isinstance(answer, Welcome | Progress | Refused)
             return answer
 
         return hear
@@ -110,6 +112,32 @@ def test_one_that_came_while_the_core_was_starting_is_told_too(inbox: Inbox, gre
     welcome = hear()
     assert isinstance(welcome, Welcome) and welcome.suspects == [3, 5]
     join(inbox)
+
+
+def test_who_waits_is_told_what_is_announced_last_although_the_inbox_is_busy_when_it_ends(
+    inbox: Inbox, greet: Greet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hear = greet(ALICE)
+    assert isinstance(hear(), Progress) and isinstance(hear(), Progress)
+    is_busy, may_go_on = threading.Event(), threading.Event()
+
+    def refresh() -> bool:
+        is_busy.set()
+        assert may_go_on.wait(PATIENCE_S)
+        return False
+
+    monkeypatch.setattr(inbox._gatekeeper, "refresh", refresh)
+    inbox.announce(Progress("loading", 0.5))
+    assert is_busy.wait(PATIENCE_S)
+    assert hear() == Progress("loading", 0.5)
+    inbox.announce(Refused("start", "why"))
+    closer = threading.Thread(target=inbox.close)
+    closer.start()
+    while not inbox._closing:
+        pass
+    may_go_on.set()
+    assert hear() == Refused("start", "why")
+    closer.join(PATIENCE_S)
 
 
 def test_a_client_that_puts_something_else_in_the_place_of_its_socket_harms_nobody(
