@@ -43,7 +43,7 @@ from footplate.protocol.messages import (
 )
 from footplate.protocol.token_params import Grammar, TokenParams
 
-from .conftest import HERE, PATIENCE_S, Program, StartCore, files_in, in_time, is_gone
+from .conftest import HERE, PATIENCE_S, Core, Program, StartCore, files_in, in_time, is_gone
 from .raw_client import raw_client
 
 FOREVER = SamplingParams(max_tokens=30_000, detokenize=False)
@@ -63,6 +63,12 @@ async def error_of(awaitable: Any) -> BaseException | None:
     async with asyncio.timeout(PATIENCE_S):
         outcomes = await asyncio.gather(awaitable, return_exceptions=True)
     return outcomes[0] if isinstance(outcomes[0], BaseException) else None
+
+
+def wait_until_ready(core: Core) -> None:
+    """A start takes as long as it takes: clients have little patience in some of these tests."""
+    with raw_client(core.address) as client:
+        client.join()
 
 
 # ---- a start that fails
@@ -227,6 +233,7 @@ async def test_a_lost_device_ends_the_core_and_its_cause_reaches_every_client(
     start_core: StartCore,
 ) -> None:
     core = start_core("step raises")
+    wait_until_ready(core)
     engines = [AsyncLLMEngine.connect(core.address, timeout_s=0.5) for _ in range(3)]
     for engine in engines:
         await engine.start()
@@ -261,6 +268,7 @@ async def test_a_client_that_came_during_the_last_step_does_not_keep_the_core_fr
     start_core: StartCore,
 ) -> None:
     core = start_core("step waits and raises")
+    wait_until_ready(core)
     early, late = (AsyncLLMEngine.connect(core.address, timeout_s=0.5) for _ in range(2))
     asking = asyncio.create_task(complete(early))
     assert await core.has_reached_gate()
