@@ -88,18 +88,18 @@ def run_core(
     files = parent.files
     try:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        pulse = Pulse()
+        pulse, outbox = Pulse(), Outbox(config.max_unread_bytes)
+        core: EngineCore | None = None
         with files.claim_address():
+            suspects = read_suspects(files.steps)
+            recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
             try:
-                suspects = read_suspects(files.steps)
                 inbox = Inbox(context, config.address, pulse, suspects, config.security)
             except zmq.ZMQError as error:
                 raise AddressInUseError(
                     f"cannot listen on {config.address}: {error}{name_listener(config.address)}"
                 ) from None
-            recorder = FlightRecorder(files.steps, config.scheduler.max_num_seqs)
-        outbox = Outbox(config.max_unread_bytes)
-        core: EngineCore | None = None
+        # From here on there may be clients: whatever ends this core, they are told.
         try:
             if fail_points.ENABLED:
                 fail_points.reach("start.bound")

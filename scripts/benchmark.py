@@ -214,11 +214,13 @@ def warmup_work(options: Options, vocab_size: int) -> list[WorkItem]:
     return make_work(workload, vocab_size)
 
 
-def make_random_model(shape: str, dtype: str) -> str:
+def make_random_model(shape: str, dtype: str, *, has_tokenizer: bool = False) -> str:
     """Return the folder. In a process of its own: this one, the client, never imports torch."""
     command = [sys.executable, str(SCRIPTS / "random_model.py"), shape]
     if dtype != "auto":
         command += ["--dtype", dtype]
+    if has_tokenizer:
+        command.append("--tokenizer")
     made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return made.stdout.strip()
 

@@ -4,6 +4,7 @@ run undisturbed.
 
 scripts/chaos.py                                     200 kills, fake model, 64 streams
 scripts/chaos.py --model demo --kills 50 --standby
+scripts/chaos.py --model 160m --kills 20             random weights in that shape; or a model folder
 scripts/chaos.py --kill hang --seconds 60            or crash, stop, garbage, client
 
 Faults: "core" is SIGKILL; "crash" a core that ends itself (segmentation fault, exit, exception);
@@ -23,8 +24,9 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
+from benchmark import make_random_model
 from chaos_clients import kill_clients
-from chaos_faults import FAIL_POINTS, Restarts, make_fault
+from chaos_faults import FAIL_POINTS, KillWithSpare, Restarts, make_fault
 from chaos_load import Load, make_templates
 from footplate.frontend import AsyncLLMEngine, EngineArgs
 
@@ -38,11 +40,10 @@ EX_USAGE = 2
 async def disturb(options: argparse.Namespace) -> bool:
     """Run the load with one kind of fault; whether nothing came of it."""
     dice = Random(options.seed)
-    fault = make_fault(options.kill, dice)
+    fault = make_fault(options.kill, dice, has_spare=options.standby)
     restarts = Restarts(fault)
-    args = engine_args(options)
-    more: dict[str, Any] = {"standby": True} if options.standby else {}
-    disturbed = EngineArgs(**args, **fault.engine_args, **more, max_restarts=10**6)
+    args = {**engine_args(options), "quantization": options.quantization}
+    disturbed = EngineArgs(**args, **fault.engine_args, standby=options.standby, max_restarts=10**6)
     async with AsyncLLMEngine.from_engine_args(EngineArgs(**args)) as engine:
         vocab_size = (await engine.get_model_config()).vocab_size
         load = Load(make_templates(options.requests, options.seed, vocab_size))
@@ -68,9 +69,12 @@ async def disturb(options: argparse.Namespace) -> bool:
     num_held = limits.num_kv_blocks - stats.num_free_blocks
     async with AsyncLLMEngine.from_engine_args(EngineArgs(**args)) as engine:
         await load.check_rest(engine, options.streams)
+    spare = "a warm spare" if options.standby else "no spare"
+    if isinstance(fault, KillWithSpare):
+        spare += f" that was killed {fault.num_spares_killed} times"
     print(
         f"model {options.model}, {options.streams} streams at a time, fault {options.kill!r}, "
-        f"{'a warm spare' if options.standby else 'no spare'}, seed {options.seed}\n"
+        f"{spare}, seed {options.seed}\n"
         f"{load.num_streams} streams, {load.num_tokens} tokens, {len(waits)} faults, "
         f"{len(restarts.records)} restarts, {num_replayed} requests replayed; left in the core: "
         f"{num_left} requests, {num_held} blocks"
@@ -118,14 +122,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="fake", help="fake, demo, or a folder")
+    parser.add_argument("--model", default="fake", help="fake, demo, 160m, or a folder")
+    parser.add_argument("--quantization", choices=("int8", "int4"), help="of its weights")
     parser.add_argument("--kill", choices=(*FAULTS, "worker"), default="core")
     parser.add_argument("--kills", type=int, help="how often; 200 if no time is given")
     parser.add_argument("--seconds", type=float, help="for how long")
     parser.add_argument("--every", type=float, default=0.3, help="mean seconds between faults")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--requests", type=int, default=280, help="different ones")
-    parser.add_argument("--standby", action="store_true", help="with a warm spare")
+    parser.add_argument(
+        "--standby", action="store_true", help="with a warm spare, which dies as well"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="for the first token")
     parser.add_argument("--log", default=os.devnull, help="a file for what the cores say")
     parser.add_argument("--seed", type=int, default=0)
@@ -135,6 +142,8 @@ def main() -> int:
         return EX_USAGE
     if options.kills is None:
         options.kills = 200 if options.seconds is None else sys.maxsize
+    if options.model == "160m":
+        options.model = make_random_model("llama-160m", "auto", has_tokenizer=True)
     keep_quiet(options.log)
     if options.model == "fake":
         os.environ.setdefault(FAIL_POINTS, FAKE_STEP)

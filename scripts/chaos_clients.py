@@ -30,6 +30,7 @@ async def kill_clients(options: argparse.Namespace) -> bool:
         *(sys.executable, "-m", "footplate.frontend.launch", "--address", address),
         *("--model", options.model, "--scheduling-policy", "priority", "--log-level", "ERROR"),
         *(("--max-model-len", "1024") if options.model == "fake" else ()),
+        *(("--quantization", options.quantization) if options.quantization else ()),
     )
     try:
         async with AsyncLLMEngine.connect(address, timeout_s=options.timeout) as engine:

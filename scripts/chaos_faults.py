@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -21,6 +22,10 @@ RECOVERY_S = 120.0  # a core that has not come back by then is a failure of the 
 # itself before they have is one that a request has ended, as far as anybody can tell.
 FIRST_FATAL_STEP = 400
 BURST_FRAMES = 200
+# Of deaths of a core, how many its spare dies a little before, and how many a little behind it,
+# while it is being promoted.
+SPARE_DIES = 0.2
+SPARE_DIES_WITHIN_S = 0.3
 
 
 class Fault(Protocol):
@@ -77,10 +82,56 @@ class Kill:
         """From the signal to the next token."""
         assert engine.process_id is not None
         count, since = len(restarts.records), time.monotonic()
-        os.kill(engine.process_id, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has just died of something else
+            os.kill(engine.process_id, signal.SIGKILL)
         await restarts.wait_for(count + 1)
         await load.next_token(RECOVERY_S)
         return time.monotonic() - since
+
+
+class KillWithSpare:
+    """The core is killed, and now and then its spare as well."""
+
+    def __init__(self, dice: Random) -> None:
+        self.engine_args: dict[str, Any] = {}
+        self.num_spares_killed = 0
+        self._kill = Kill(dice)
+        self._dice = dice
+
+    def arm(self) -> None:
+        """Nothing to do."""
+
+    async def strike(self, engine: AsyncLLMEngine, load: Load, restarts: Restarts) -> float:
+        """From the signal to the core to the next token."""
+        core, chance = engine.process_id, self._dice.random()
+        assert core is not None
+        delay_s = self._dice.uniform(0.0, SPARE_DIES_WITHIN_S)
+        if chance < SPARE_DIES:
+            self._kill_spares(core)
+            await asyncio.sleep(delay_s)
+        behind = None
+        if SPARE_DIES <= chance < 2 * SPARE_DIES:
+            behind = asyncio.get_running_loop().call_later(delay_s, self._kill_spares, core)
+        try:
+            return await self._kill.strike(engine, load, restarts)
+        finally:
+            if behind is not None:
+                behind.cancel()
+
+    def _kill_spares(self, core: int) -> None:
+        with suppress(psutil.NoSuchProcess):  # others end at such moments, too
+            for spare in spares_of(core):
+                spare.kill()
+                self.num_spares_killed += 1
+
+
+def spares_of(core: int) -> Iterator[psutil.Process]:
+    """Live processes below this one that have no children and are not the core."""
+    tree = psutil.Process().children(recursive=True)
+    others = {core, *(process.ppid() for process in tree)}
+    for process in tree:
+        if process.pid not in others and process.status() != psutil.STATUS_ZOMBIE:
+            yield process
 
 
 class Stop:
@@ -164,9 +215,15 @@ def socket_of(core: int) -> Path:
     return next(path for path in paths if path.name == "engine.sock")
 
 
-def make_fault(name: str, dice: Random) -> Fault:
-    """The fault of this name."""
+def make_fault(name: str, dice: Random, *, has_spare: bool = False) -> Fault:
+    """The fault of this name.
+
+    Args:
+        has_spare: whether the engine keeps a spare core, which dies as well then.
+    """
     match name:
+        case "core" if has_spare:
+            return KillWithSpare(dice)
         case "core":
             return Kill(dice)
         case "stop":

@@ -1,125 +1,28 @@
-"""Frames that are nearly messages: what a broken or malicious peer might send."""
+"""Frames that are nearly messages: what a broken or malicious peer might send.
+
+The messages that they nearly are stand beside the tests that know their bytes.
+"""
 
 import math
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import msgspec
 
 from footplate.protocol.codec import Encoder
-from footplate.protocol.messages import (
-    PROTOCOL_VERSION,
-    AbortRequests,
-    AddRequest,
-    Attached,
-    AttachRequest,
-    ControlReply,
-    Drain,
-    EngineFailed,
-    EngineStopping,
-    ErrorKind,
-    Finished,
-    FinishReason,
-    GetStats,
-    Goodbye,
-    Hello,
-    Limits,
-    LogprobRows,
-    Message,
-    ModelFacts,
-    ParkRequests,
-    Ping,
-    Pong,
-    Progress,
-    Refused,
-    ResetPrefixCache,
-    ResumeRequests,
-    Started,
-    Stats,
-    StepOutputs,
-    Welcome,
-)
-from footplate.protocol.token_params import (
-    Grammar,
-    LogitAdjustments,
-    LogprobsMode,
-    LogprobsRequest,
-    ProcessorCall,
-    RepetitionDetection,
-    ThinkingBudget,
-    TokenParams,
-)
+from footplate.protocol.messages import Message
 
-EPOCH = 9  # of outputs
-MAX_HANDLE = 8  # that samples name
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-PLAIN = TokenParams(0.5, 1.0, 0, 0.0, 7, 30, 0, (2,))
-EVERYTHING = TokenParams(
-    *(0.5, 0.9, 40, 0.01, 7, 30, 3, (2, 3)),
-    LogitAdjustments(
-        *(1.0, -1.0, 1.5, {30: 2.0}, (20, 21, 22), ((4, 5),)),
-        thinking=ThinkingBudget(5, (16,), (17,)),
-        forced_token_ids=(18,),
-        processors=(ProcessorCall(0, {"x": [1]}),),
-    ),
-    LogprobsRequest(2, (1,), 0, (2,), 1, LogprobsMode.PROCESSED_LOGITS),
-    Grammar("start: /[ab]{2,9}/"),
-    RepetitionDetection(4, 1, 2),
-    True,
-)
-SCORED = TokenParams(
-    *(0.0, 1.0, 0, 0.0, 7, 9, 0, ()),
-    LogitAdjustments(presence_penalty=1.0, logit_bias={40: 5.0}),
-    LogprobsRequest(3, (17,), 2),
-)
-SCORES = LogprobRows(3, 0, [1], b"\x11\0\0\0" * 4, b"\0\0\x80\xbf" * 4)
+from tests.protocol import samples
 
-FROM_CLIENT: tuple[Message, ...] = (
-    Hello(PROTOCOL_VERSION, "ipc:///nowhere", b"session", "key"),
-    Ping(3),
-    AddRequest(1, [20, 21], PLAIN),
-    AddRequest(2, [20, 21] * 40, SCORED, 1, "salt", 2),
-    AddRequest(4, [20, 21], EVERYTHING, -1, "", 3, [19], 0.5, 1.0, 2.0, True, True, "name"),
-    AddRequest(8, [20, 21, 22], PLAIN, prior_token_ids=[30, 31], is_replay=True),
-    AttachRequest(7, "name"),
-    AbortRequests([1, 2]),
-    AbortRequests([7, 8], have_ended=True),
-    ParkRequests([1, 5]),
-    ResumeRequests([1, 5]),
-    Goodbye(),
-    ResetPrefixCache(3),
-    GetStats(4),
-    Drain(5, 2.5),
-)
-FROM_CORE: tuple[Message, ...] = (
-    Welcome(
-        *(EPOCH, PROTOCOL_VERSION),
-        ModelFacts("m", "t", "A", 4096, 20, (2,), "float32", "cpu", "paged torch", 5, "int8"),
-        Limits(256, 512, "fcfs", 16, 100, True),
-        *(42, {"loading": 0.5}),
-        suspects=[1],
-    ),
-    Progress("loading weights", 0.25),
-    Refused("start", "no such folder"),
-    Pong(3, EPOCH, 100, True, 0.5),
-    StepOutputs(EPOCH, [1, 2, 3], [0, 0, 0], [300, 301, 302], logprobs=[SCORES]),
-    StepOutputs(EPOCH, [1, 2], [0, 0], [300, 301, 302], [1, 2], [Started(1, 16, 0.5, 0.25)]),
-    StepOutputs(
-        *(EPOCH, [4, 5], [0, 0], [300, 301]),
-        started=[Started(4, 0, 0.5, 0.25)],
-        finished=[
-            Finished(6, FinishReason.STOP),
-            Finished(7, FinishReason.ERROR, "why", ErrorKind.LOGITS),
-        ],
-        prompt_logprobs=[LogprobRows(8, 1, [1, 2], b"\1\0\0\0" * 2, b"\0\0\0\0" * 2)],
-    ),
-    Attached(3, AddRequest(1, [20, 21], PLAIN, request_id="name")),
-    ControlReply(4, True, "", Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)),
-    EngineFailed("RuntimeError: out of memory"),
-    EngineStopping("told to"),
-)
+EPOCH = samples.EPOCH
+FROM_CLIENT = tuple(samples.FROM_CLIENT.values())
+FROM_CORE = tuple(samples.FROM_CORE.values())
 
 _VALUES: tuple[Any, ...] = (
     *(-1, 0, 1, 2, 127, 128, 255, 256, 65_535, 2**31 - 1, 2**31, 2**32, 2**53 + 1),

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Make a model of a known shape with random weights: the same speed, nothing to download.
 
-Prints the folder, which is made once and kept in the user's cache. It holds a config and weights
-and no tokenizer: prompts are token ids. The weights are spread so that greedy decoding wanders
-through the vocabulary as a trained model's does, where the usual initialisation would repeat one
-token, with near-ties everywhere.
+Prints the folder, which is made once and kept in the user's cache. It holds a config and weights,
+and a tokenizer if one is asked for; without it, prompts are token ids. The weights are spread so
+that greedy decoding wanders through the vocabulary as a trained model's does, where the usual
+initialisation would repeat one token, with near-ties everywhere.
 
     scripts/random_model.py llama-160m
     scripts/random_model.py qwen3-0.6b --dtype float32
+    scripts/random_model.py llama-160m --tokenizer
 """
 
 import os
@@ -28,6 +29,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from random_tokenizer import EOS_TOKEN_ID, save_tokenizer
+
 Shape = Literal["llama-tiny", "llama-160m", "qwen3-0.6b"]
 Dtype = Literal["bfloat16", "float32", "float16"]
 
@@ -38,7 +41,13 @@ app = App(name="random_model.py")
 
 
 @app.default
-def make(shape: Shape, *, dtype: Dtype = "bfloat16", folder: Path | None = None) -> None:
+def make(
+    shape: Shape,
+    *,
+    dtype: Dtype = "bfloat16",
+    tokenizer: bool = False,
+    folder: Path | None = None,
+) -> None:
     """Make the model unless it is there, and print its folder.
 
     Parameters
@@ -47,12 +56,16 @@ def make(shape: Shape, *, dtype: Dtype = "bfloat16", folder: Path | None = None)
         The sizes of a published model; llama-tiny is for tests.
     dtype:
         Of the weights.
+    tokenizer:
+        Put a tokenizer beside them, for requests with texts, stop strings and grammars.
     folder:
         Where to put it; the user's cache folder if not given.
     """
-    folder = folder or cache_folder() / f"{shape}-{dtype}"
+    name = f"{shape}-{dtype}-text" if tokenizer else f"{shape}-{dtype}"
+    folder = folder or cache_folder() / name
     if not (folder / "config.json").exists():
-        save_random_model(config_of(shape), getattr(torch, dtype), folder)
+        config = config_of(shape)
+        save_random_model(config, getattr(torch, dtype), folder, has_tokenizer=tokenizer)
     print(folder)
 
 
@@ -91,13 +104,20 @@ def config_of(shape: Shape) -> PreTrainedConfig:
     )
 
 
-def save_random_model(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> None:
-    """Write config.json and safetensors. The folder appears complete or not at all."""
+def save_random_model(
+    config: PreTrainedConfig, dtype: torch.dtype, folder: Path, *, has_tokenizer: bool = False
+) -> None:
+    """Write config.json, safetensors and perhaps a tokenizer, whose end of a text is then the
+    model's too. The folder appears complete or not at all."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if has_tokenizer:
+        config.eos_token_id = EOS_TOKEN_ID
     model = build(config, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         model.save_pretrained(Path(scratch) / "model")
+        if has_tokenizer:
+            save_tokenizer(config.vocab_size, Path(scratch) / "model")
         # Another process may have made it meanwhile: theirs is as good.
         if not folder.exists():
             shutil.move(Path(scratch) / "model", folder)

@@ -2,7 +2,7 @@
 
     pytest tests/chaos                the fast ones, which the default run has as well
     pytest -m chaos                   the others
-    scripts/test --all                everything
+    scripts/test                      everything
 
 One module for each group of faults. A scenario gets its engines from the `ledger`, which compares
 what there is afterwards with what there was before: requests and blocks in the core; tasks,

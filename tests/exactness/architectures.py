@@ -123,6 +123,10 @@ PER_REQUEST: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3},
 }
 ARCHITECTURES = {**PAGED, **PER_REQUEST}
+# What a default run asks every question of. Norms of heads; a window and a soft cap; experts beside
+# a shared one with a gate, behind a router that is a linear layer, in float32 with sigmoids, with
+# biases.
+VARIED = ("llama", "qwen3", "gemma2", "qwen2_moe", "phimoe", "deepseek_v3", "gpt_oss")
 
 
 def make_model(architecture: str, **overrides: Any) -> Any:

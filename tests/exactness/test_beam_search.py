@@ -43,7 +43,10 @@ def random_search(seed: int) -> tuple[TableModel, list[int], BeamSearchParams, l
     return model, prompt, params, list(range(num_eos))
 
 
-@pytest.mark.parametrize("first_seed", range(0, 400, 50))
+@pytest.mark.parametrize(
+    "first_seed",
+    [0, 50, *(pytest.param(s, marks=pytest.mark.thorough) for s in range(100, 300, 50))],
+)
 def test_random_searches_give_transformers_tokens_order_and_scores_to_the_bit(
     first_seed: int,
 ) -> None:

@@ -8,23 +8,31 @@ import pytest
 
 from footplate.backend.step import StepPlan
 
-from .architectures import ARCHITECTURES, PAGED, PER_REQUEST
+from .architectures import ARCHITECTURES, PAGED, PER_REQUEST, VARIED
 from .driver import KERNEL_BLOCK_SIZE, TORCH_BLOCK_SIZE, Case, Driver, Observed
 
 # Older versions of transformers script a function of gpt_bigcode.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 CaseOf = Callable[[str, int], Case]
-PAGED_CASES = [
-    pytest.param(name, size, id=f"{name}-{backend}")
-    for backend, size in (("torch", TORCH_BLOCK_SIZE), ("kernels", KERNEL_BLOCK_SIZE))
-    for name in PAGED
-]
+PAGED_CASES, FEW_CASES = (
+    [
+        pytest.param(
+            *(name, size),
+            id=f"{name}-{backend}",
+            marks=pytest.mark.thorough if name in left_out else (),
+        )
+        for backend, size in (("torch", TORCH_BLOCK_SIZE), ("kernels", KERNEL_BLOCK_SIZE))
+        for name in PAGED
+    ]
+    # In a default run the second list is of a few of them.
+    for left_out in ((), PAGED.keys() - set(VARIED))
+)
 PER_REQUEST_CASES = [pytest.param(name, TORCH_BLOCK_SIZE, id=name) for name in PER_REQUEST]
 every_case = pytest.mark.parametrize(
     ("architecture", "block_size"), PAGED_CASES + PER_REQUEST_CASES
 )
-paged_cases = pytest.mark.parametrize(("architecture", "block_size"), PAGED_CASES)
+few_cases = pytest.mark.parametrize(("architecture", "block_size"), FEW_CASES)
 
 
 @every_case
@@ -37,7 +45,7 @@ def test_ragged_prompts_in_chunks_equal_generate(
     assert runner.num_mixed_steps > 0, "no step held both a chunk of a prompt and a decode"
 
 
-@every_case
+@pytest.mark.parametrize(("architecture", "block_size"), FEW_CASES + PER_REQUEST_CASES)
 def test_preempted_requests_equal_generate(
     architecture: str, block_size: int, case_of: CaseOf
 ) -> None:
@@ -47,7 +55,7 @@ def test_preempted_requests_equal_generate(
     assert driver.stats.num_preemptions > 0
 
 
-@paged_cases
+@few_cases
 def test_cached_prefixes_equal_generate(
     architecture: str, block_size: int, case_of: CaseOf
 ) -> None:
@@ -87,7 +95,7 @@ def test_the_reference_is_not_degenerate(architecture: str, case_of: CaseOf) -> 
     assert len({token for output in expected for token in output}) >= 15
 
 
-@paged_cases
+@few_cases
 def test_one_damaged_page_is_noticed(architecture: str, block_size: int, case_of: CaseOf) -> None:
     """The proof that the tests above can fail: the tokens do depend on what is in the cache."""
     case = case_of(architecture, block_size)

@@ -18,15 +18,12 @@ from footplate.protocol.config import CacheConfig, SchedulerConfig
 from footplate.protocol.messages import AddRequest, ParkRequests, ResumeRequests
 from footplate.protocol.token_params import TokenParams
 
-from .architectures import PAGED, VOCAB_SIZE, make_model
+from .architectures import PAGED, VARIED, VOCAB_SIZE, make_model
 from .driver import KERNEL_BLOCK_SIZE, Case, Loader, Observed
 
 CLIENT = b"client"
 TARGET = 0
-NUM_NEW_TOKENS = 20
-# Norms of heads; a window and a soft cap; experts beside a shared one with a gate, behind a router
-# that is a linear layer, in float32 with sigmoids, with biases.
-ARCHITECTURES = ("llama", "qwen3", "gemma2", "qwen2_moe", "phimoe", "deepseek_v3", "gpt_oss")
+NUM_NEW_TOKENS = 12
 PRECISIONS = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -158,9 +155,11 @@ def subject_of(
     return subject
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (2, 3))]
+)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", VARIED)
 def test_a_request_is_answered_alike_in_any_company(
     architecture: str, precision: str, seed: int, subject_of: Callable[[str, str], Subject]
 ) -> None:
@@ -169,7 +168,7 @@ def test_a_request_is_answered_alike_in_any_company(
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["float32", "float32, int8"])
-@pytest.mark.parametrize("architecture", sorted(PAGED.keys() - set(ARCHITECTURES)))
+@pytest.mark.parametrize("architecture", sorted(PAGED.keys() - set(VARIED)))
 def test_so_it_is_with_every_architecture(
     architecture: str, precision: str, subject_of: Callable[[str, str], Subject]
 ) -> None:

@@ -27,7 +27,7 @@ from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import EngineStartError
 
 HERE = Path(__file__).parent
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 def in_time(condition: Callable[[], object], seconds: float = PATIENCE_S) -> bool:

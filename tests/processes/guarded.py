@@ -13,37 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs
 from footplate.frontend.core_process import CoreProcess
 from footplate.frontend.link_keys import new_key_pair
-from footplate.protocol.codec import Encoder, core_message_decoder
 from footplate.protocol.errors import EngineStartError
 from footplate.protocol.keys import (
-    ClientKeys,
     Guest,
     make_client_key,
     make_server_key,
     read_client_keys,
     revoke,
 )
-from footplate.protocol.links import new_client_id
-from footplate.protocol.messages import (
-    PROTOCOL_VERSION,
-    ControlReply,
-    CoreMessage,
-    GetStats,
-    Hello,
-    Message,
-    Progress,
-    Stats,
-    Welcome,
-)
 
 from .conftest import HERE, PATIENCE_S
-
-PATIENCE_MS = int(1000 * PATIENCE_S)
+from .raw_client import CurveClient
 
 
 def free_port() -> int:
@@ -102,60 +86,6 @@ def guarded_core(
             yield GuardedCore(address, folder, key_dir, process, ends)
         finally:
             process.stop()
-
-
-class CurveClient:
-    """A client with keys that says what it likes."""
-
-    def __init__(self, address: str, keys: ClientKeys, client_id: bytes | None = None) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._encode, self._decode = Encoder().encode, core_message_decoder().decode
-        self.client_id = client_id or new_client_id()
-        output_keys = new_key_pair()
-        self.output_key = output_keys.public_key
-        self.pull = self._context.socket(zmq.PULL)
-        self.pull.set(zmq.CURVE_SERVER, 1)
-        self.pull.set(zmq.CURVE_SECRETKEY, output_keys.secret_key.encode())
-        self.pull.bind("tcp://127.0.0.1:*")
-        self.endpoint = str(self.pull.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
-        self.dealer = self._context.socket(zmq.DEALER)
-        self.dealer.set(zmq.ROUTING_ID, self.client_id)
-        self.dealer.set(zmq.CURVE_SERVERKEY, keys.server_public_key.encode())
-        self.dealer.set(zmq.CURVE_PUBLICKEY, keys.public_key.encode())
-        self.dealer.set(zmq.CURVE_SECRETKEY, keys.secret_key.encode())
-        self.dealer.connect(address)
-
-    @property
-    def hello(self) -> Hello:
-        return Hello(PROTOCOL_VERSION, self.endpoint, output_key=self.output_key)
-
-    def say(self, *frames: Message | bytes) -> None:
-        self.dealer.send_multipart(
-            [frame if isinstance(frame, bytes) else self._encode(frame) for frame in frames]
-        )
-
-    def hear(self) -> CoreMessage:
-        assert self.dealer.poll(PATIENCE_MS), "the core does not answer"
-        return self._decode(self.dealer.recv())
-
-    def hear_output(self) -> CoreMessage:
-        assert self.pull.poll(PATIENCE_MS), "the core does not answer"
-        return self._decode(self.pull.recv())
-
-    def join(self) -> Welcome:
-        self.say(self.hello)
-        while not isinstance(answer := self.hear(), Welcome):
-            assert isinstance(answer, Progress)
-        return answer
-
-    def stats(self) -> Stats:
-        self.say(GetStats(1))
-        reply = self.hear_output()
-        assert isinstance(reply, ControlReply) and reply.stats is not None
-        return reply.stats
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
 
 
 @contextmanager

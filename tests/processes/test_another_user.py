@@ -11,7 +11,7 @@ from footplate.frontend import AsyncLLMEngine
 from footplate.protocol.errors import EngineStartError
 
 from .conftest import PATIENCE_S, StartCore, in_time
-from .test_core_process import raw_client, stats_of
+from .raw_client import raw_client
 
 NOBODY = 65534
 
@@ -69,12 +69,10 @@ def test_another_user_who_got_hold_of_the_path_is_thrown_out_and_counted(
         core.folder.parent.chmod(0o755)
         core.folder.chmod(0o755)
         (core.folder / "engine.sock").chmod(0o666)
-        before = stats_of(witness)
+        before = witness.stats()
         assert knock(core.folder / "engine.sock", NOBODY) == "thrown out"
-        assert in_time(
-            lambda: stats_of(witness).num_rejected_peers == before.num_rejected_peers + 1
-        )
-        assert stats_of(witness).num_bad_messages == before.num_bad_messages
+        assert in_time(lambda: witness.stats().num_rejected_peers == before.num_rejected_peers + 1)
+        assert witness.stats().num_bad_messages == before.num_bad_messages
 
 
 async def test_a_client_does_not_enter_a_folder_of_somebody_else(start_core: StartCore) -> None:

@@ -9,53 +9,47 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
 import pytest
-import zmq
 
 from footplate.frontend import AsyncLLMEngine, EngineArgs, SamplingParams, core_process
 from footplate.frontend.core_process import CoreProcess
-from footplate.protocol.codec import MAX_FRAMES, Encoder, core_message_decoder
+from footplate.protocol.codec import MAX_FRAMES, Encoder
 from footplate.protocol.config import RequestConfig
 from footplate.protocol.errors import (
     EngineDeadError,
     EngineStartError,
     ProtocolMismatchError,
 )
-from footplate.protocol.links import new_client_id, output_endpoint
 from footplate.protocol.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
     AddRequest,
     ControlReply,
-    CoreMessage,
     ErrorKind,
     Finished,
     FinishReason,
     GetStats,
     Goodbye,
     Hello,
-    Message,
     Progress,
     Refused,
-    Stats,
     StepOutputs,
     Welcome,
 )
 from footplate.protocol.token_params import Grammar, TokenParams
 
-from .conftest import HERE, PATIENCE_S, Program, StartCore, files_in, in_time, is_gone
+from .conftest import HERE, PATIENCE_S, Core, Program, StartCore, files_in, in_time, is_gone
+from .raw_client import raw_client
 
 FOREVER = SamplingParams(max_tokens=30_000, detokenize=False)
 SHORT = SamplingParams(max_tokens=5, detokenize=False)
 PROMPT = [20, 21]
-PATIENCE_MS = int(1000 * PATIENCE_S)
 Run = Callable[..., Program]
 
 
@@ -72,60 +66,10 @@ async def error_of(awaitable: Any) -> BaseException | None:
     return outcomes[0] if isinstance(outcomes[0], BaseException) else None
 
 
-class RawClient:
-    """A client that says what it likes, and reads only what it is told to."""
-
-    def __init__(self, address: str, client_id: bytes | None = None) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.client_id = client_id or new_client_id()
-        self.endpoint = output_endpoint(address, self.client_id)
-        self._decode = core_message_decoder().decode
-        self._encode = Encoder().encode
-        self.pull = self._context.socket(zmq.PULL)
-        self.pull.set(zmq.RCVHWM, 1)
-        self.pull.bind(self.endpoint)
-        self.dealer = self._context.socket(zmq.DEALER)
-        self.dealer.set(zmq.ROUTING_ID, self.client_id)
-        self.dealer.connect(address)
-
-    def say(self, *frames: Message | bytes) -> None:
-        self.dealer.send_multipart(
-            [frame if isinstance(frame, bytes) else self._encode(frame) for frame in frames]
-        )
-
-    def hear(self) -> CoreMessage:
-        assert self.dealer.poll(PATIENCE_MS), "the core does not answer"
-        return self._decode(self.dealer.recv())
-
-    def hear_output(self) -> CoreMessage:
-        assert self.pull.poll(PATIENCE_MS), "the core does not answer"
-        return self._decode(self.pull.recv())
-
-    def join(self, session: bytes = b"") -> Welcome:
-        """Say Hello; what answers it when the core is ready."""
-        self.say(Hello(PROTOCOL_VERSION, self.endpoint, session))
-        while not isinstance(answer := self.hear(), Welcome):
-            assert isinstance(answer, Progress)
-        return answer
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
-
-
-def stats_of(client: RawClient) -> Stats:
-    client.say(GetStats(1))
-    reply = client.hear_output()
-    assert isinstance(reply, ControlReply) and reply.stats is not None
-    return reply.stats
-
-
-@contextmanager
-def raw_client(address: str, client_id: bytes | None = None) -> Iterator[RawClient]:
-    client = RawClient(address, client_id)
-    try:
-        yield client
-    finally:
-        client.close()
+def wait_until_ready(core: Core) -> None:
+    """A start takes as long as it takes: clients have little patience in some of these tests."""
+    with raw_client(core.address) as client:
+        client.join()
 
 
 # ---- a start that fails
@@ -299,6 +243,7 @@ async def test_a_lost_device_ends_the_core_and_its_cause_reaches_every_client(
     start_core: StartCore,
 ) -> None:
     core = start_core("step raises")
+    wait_until_ready(core)
     engines = [AsyncLLMEngine.connect(core.address, timeout_s=0.5) for _ in range(3)]
     for engine in engines:
         await engine.start()
@@ -333,6 +278,7 @@ async def test_a_client_that_came_during_the_last_step_does_not_keep_the_core_fr
     start_core: StartCore,
 ) -> None:
     core = start_core("step waits and raises")
+    wait_until_ready(core)
     early, late = (AsyncLLMEngine.connect(core.address, timeout_s=0.5) for _ in range(2))
     asking = asyncio.create_task(complete(early))
     assert await core.has_reached_gate()
@@ -476,7 +422,7 @@ def test_a_killed_client_is_noticed_and_leaves_nothing(run: Run, start_core: Sta
         assert len(files_in(core.folder)) == len(files_before) + 1
         program.signal(signal.SIGKILL)
         for _ in range(100_000):
-            stats = stats_of(witness)
+            stats = witness.stats()
             if stats.num_free_blocks == welcome.limits.num_kv_blocks:
                 break
         assert (stats.num_running, stats.num_waiting) == (0, 0)
@@ -514,7 +460,7 @@ def test_a_client_that_does_not_read_is_dismissed_and_disturbs_nobody(
             deaf.say(AddRequest(handle, PROMPT, params))
         assert isinstance(refusal := deaf.hear(), Refused)
         assert refusal.kind == "dismissed" and "unread" in refusal.reason
-        stats = stats_of(other)
+        stats = other.stats()
         assert stats.num_free_blocks == welcome.limits.num_kv_blocks
         assert stats.num_generation_tokens < 20 * 30_000
 
@@ -576,7 +522,7 @@ def test_garbage_is_counted_and_harms_nobody(start_core: StartCore) -> None:
             stranger.say(message)  # it has not said hello
         stranger.say(Goodbye())  # no error: it may cross its own disconnection
         stranger.join()
-        assert stats_of(stranger).num_bad_messages == 2 * (len(garbage) + 1) + 2
+        assert stranger.stats().num_bad_messages == 2 * (len(garbage) + 1) + 2
         stranger.say(b"garbage in front", GetStats(2), b"and behind")  # harms not even its message
         reply = stranger.hear_output()
         assert isinstance(reply, ControlReply) and reply.call == 2
@@ -656,7 +602,7 @@ def test_another_version_of_the_protocol_is_refused_within_a_second(
 ) -> None:
     core = start_core(mode)
     with raw_client(core.address) as witness, raw_client(core.address) as client:
-        witness.say(Hello(PROTOCOL_VERSION, witness.endpoint))
+        witness.say(witness.hello())
         assert isinstance(witness.hear(), Welcome | Progress)
         asked = time.monotonic()
         major, minor = PROTOCOL_VERSION
@@ -697,7 +643,7 @@ def test_a_client_that_says_hello_twice_is_welcomed_twice_and_known_once(
     core = start_core()
     with raw_client(core.address) as client:
         assert client.join() == client.join()
-        assert stats_of(client).num_bad_messages == 0
+        assert client.stats().num_bad_messages == 0
         assert not client.pull.poll(50), "one answer for one question"
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from footplate.protocol.links import new_client_id
 from footplate.protocol.messages import (
-    PROTOCOL_VERSION,
     AbortRequests,
     AddRequest,
     Attached,
@@ -26,7 +25,6 @@ from footplate.protocol.messages import (
     Finished,
     FinishReason,
     Goodbye,
-    Hello,
     ParkRequests,
     Progress,
     Refused,
@@ -37,7 +35,8 @@ from footplate.protocol.messages import (
 from footplate.protocol.token_params import TokenParams
 
 from .conftest import HERE, PATIENCE_S, Program, StartCore, in_time
-from .test_core_process import PROMPT, RawClient, stats_of
+from .raw_client import RawClient
+from .test_core_process import PROMPT
 
 GREEDY = TokenParams(0.0, 1.0, 0, 0.0, 0, 30_000, 0, ())
 SHORT = TokenParams(0.0, 1.0, 0, 0.0, 0, 50, 0, ())
@@ -80,7 +79,7 @@ class Told:
 @contextmanager
 def session_client(address: str, session: bytes = SESSION) -> Iterator[RawClient]:
     client = RawClient(address, new_client_id())
-    client.say(Hello(PROTOCOL_VERSION, client.endpoint, session))
+    client.say(client.hello(session))
     while not isinstance(answer := client.hear(), Welcome):
         assert isinstance(answer, Progress)
     try:
@@ -103,7 +102,7 @@ def check_empty(witness: RawClient, welcome_blocks: int) -> None:
     """Nothing is left, at the latest in a moment."""
 
     def is_empty() -> bool:
-        stats = stats_of(witness)
+        stats = witness.stats()
         return (
             stats.num_running == stats.num_waiting == stats.num_parked == 0
             and stats.num_free_blocks == welcome_blocks
@@ -113,7 +112,7 @@ def check_empty(witness: RawClient, welcome_blocks: int) -> None:
 
 
 def num_blocks(client: RawClient) -> int:
-    client.say(Hello(PROTOCOL_VERSION, client.endpoint))
+    client.say(client.hello())
     welcome = client.hear()
     assert isinstance(welcome, Welcome)
     return welcome.limits.num_kv_blocks
@@ -131,11 +130,11 @@ def test_a_client_process_that_is_stopped_costs_its_budget_and_is_dismissed(
         program = run(HERE / "client_program.py", "attached", core.address)
         program.line_with("streaming")
         program.signal(signal.SIGSTOP)
-        assert in_time(lambda: stats_of(witness).num_running == 0, seconds=30)
+        assert in_time(lambda: witness.stats().num_running == 0, seconds=30)
         grown = psutil.Process(core.process.process_id).memory_info().rss - before
         assert grown < 32 * 2**20, f"{grown} bytes"
         check_empty(witness, num_blocks(witness))
-        assert stats_of(witness).num_generation_tokens < 20 * 30_000, "they were aborted"
+        assert witness.stats().num_generation_tokens < 20 * 30_000, "they were aborted"
         told = Told(witness)
         witness.say(AddRequest(5, PROMPT, SHORT))
         told.until(lambda: told.ends)
@@ -152,7 +151,7 @@ def test_a_parked_request_goes_on_exactly(start_core: StartCore) -> None:
         client.say(AddRequest(2, PROMPT, params))
         told.until(lambda: 2 in told.ends)
         assert told.tokens.keys() == {2}
-        assert stats_of(witness).num_parked == 1
+        assert witness.stats().num_parked == 1
         client.say(ResumeRequests([1]))
         told.until(lambda: 1 in told.ends)
         assert told.tokens[1] == told.tokens[2] == tokens
@@ -167,17 +166,17 @@ def test_a_request_with_an_id_outlives_its_connection(start_core: StartCore, num
     core = start_core()
     params = TokenParams(0.0, 1.0, 0, 0.0, 0, 5_000, 0, ())
     with whole(core.address, params) as (witness, tokens):
-        num_heard = stats_of(witness).num_prompt_tokens + 2 * len(PROMPT)
+        num_heard = witness.stats().num_prompt_tokens + 2 * len(PROMPT)
         with session_client(core.address) as client:
             told = Told(client)
             client.say(AddRequest(7, PROMPT, params, request_id="mine"))
             client.say(AddRequest(8, PROMPT, GREEDY))
             told.until(lambda: len(told.tokens.get(7, ())) >= num_seen)
             # What has not left a process dies with it.
-            assert in_time(lambda: stats_of(witness).num_prompt_tokens == num_heard)
+            assert in_time(lambda: witness.stats().num_prompt_tokens == num_heard)
         # Its sockets are closed, as by the kernel when a process is killed.
-        assert in_time(lambda: stats_of(witness).num_detached == 1)
-        assert in_time(lambda: stats_of(witness).num_running <= 1), "the other one is aborted"
+        assert in_time(lambda: witness.stats().num_detached == 1)
+        assert in_time(lambda: witness.stats().num_running <= 1), "the other one is aborted"
         with session_client(core.address) as client:
             told = Told(client)
             client.say(AttachRequest(3, "mine"), AttachRequest(4, "unknown"))
@@ -192,7 +191,7 @@ def test_a_request_with_an_id_outlives_its_connection(start_core: StartCore, num
             assert told.ends[3] == Finished(3, FinishReason.LENGTH)
             assert told.ends[4].kind is ErrorKind.LOST
             client.say(Goodbye())
-            assert in_time(lambda: stats_of(witness).num_detached == 0)
+            assert in_time(lambda: witness.stats().num_detached == 0)
         check_empty(witness, num_blocks(witness))
 
 
@@ -215,7 +214,7 @@ def test_a_session_that_comes_back_before_it_was_missed_takes_the_place_of_its_o
             new.say(AttachRequest(1, "mine"))
             told.until(lambda: told.ends)
             assert told.tokens == {1: tokens}
-            assert stats_of(witness).num_running == 0, "what has no id went with the connection"
+            assert witness.stats().num_running == 0, "what has no id went with the connection"
             old.say(AbortRequests([1]))
             new.say(AddRequest(2, PROMPT, SHORT))
             told.until(lambda: 2 in told.ends)
@@ -249,7 +248,7 @@ def test_a_sleeping_core_wakes_at_the_end_of_its_drain(start_core: StartCore) ->
     with whole(core.address) as (witness, _), session_client(core.address) as client:
         told, drained = Told(client), Told(witness)
         client.say(AddRequest(1, PROMPT, GREEDY), ParkRequests([1]))
-        assert in_time(lambda: stats_of(witness).num_parked == 1)
+        assert in_time(lambda: witness.stats().num_parked == 1)
         since = time.monotonic()
         witness.say(Drain(1, 0.2))
         drained.until(lambda: drained.others)
@@ -266,9 +265,9 @@ def test_a_core_that_ends_behind_a_drain_tells_its_clients_that_no_other_will_co
     with session_client(core.address) as busy, session_client(core.address, b"") as idle:
         told, idle_told = Told(busy), Told(idle)
         busy.say(AddRequest(1, PROMPT, GREEDY), ParkRequests([1]))
-        assert in_time(lambda: stats_of(idle).num_parked == 1)
+        assert in_time(lambda: idle.stats().num_parked == 1)
         idle.say(Drain(1, 3600.0))
-        assert stats_of(idle).num_parked == 1, "the drain has been heard"
+        assert idle.stats().num_parked == 1, "the drain has been heard"
         os.kill(core.process.process_id, signal.SIGTERM)
         for each in (told, idle_told):
             while not each.others:
@@ -283,7 +282,7 @@ def test_who_waits_for_a_start_hears_that_there_will_be_none(start_core: StartCo
     core = start_core("load waits")
     client = RawClient(core.address)
     try:
-        client.say(Hello(PROTOCOL_VERSION, client.endpoint))
+        client.say(client.hello())
         assert isinstance(client.hear(), Progress)
         os.kill(core.process.process_id, signal.SIGTERM)
         while isinstance(answer := client.hear(), Progress):

@@ -12,7 +12,7 @@ from footplate.protocol.messages import (
 from footplate.protocol.token_params import Grammar, TokenParams
 
 from .conftest import StartCore
-from .test_core_process import RawClient, raw_client, stats_of
+from .raw_client import RawClient, raw_client
 
 PARAMS = TokenParams(0.0, 1.0, 0, 0.0, 0, 3, 0, ())
 HANG = '{"grammars": [{"json_schema": {"type": "integer", "multipleOf": 99999989}}]}'
@@ -60,4 +60,4 @@ def test_bad_grammars_end_their_requests_and_not_the_core(start_core: StartCore)
             assert end.message and "\n" not in end.message
         add(client, 100, "start: /[a-z]*/")
         assert hear_end(client).kind is not ErrorKind.GRAMMAR
-        assert stats_of(client).num_waiting == 0
+        assert client.stats().num_waiting == 0

@@ -21,7 +21,8 @@ from footplate.protocol.config import ModelConfig, RequestConfig
 from footplate.protocol.errors import AddressInUseError
 
 from .conftest import PATIENCE_S, StartCore, files_in, in_time, is_gone
-from .test_core_process import complete, raw_client
+from .raw_client import raw_client
+from .test_core_process import complete
 
 
 @pytest.fixture

@@ -43,14 +43,8 @@ from footplate.protocol.messages import (
 from footplate.protocol.token_params import TokenParams
 
 from .conftest import PATIENCE_S, in_time
-from .guarded import (
-    PATIENCE_MS,
-    CurveClient,
-    GuardedCore,
-    curve_client,
-    guarded_core,
-    proxy,
-)
+from .guarded import GuardedCore, curve_client, guarded_core, proxy
+from .raw_client import PATIENCE_MS, CurveClient
 
 FOREVER = SamplingParams(max_tokens=30_000, detokenize=False)
 SHORT = SamplingParams(max_tokens=5, detokenize=False)
@@ -392,7 +386,7 @@ def test_a_client_that_names_no_key_for_its_output_is_refused(
     core: GuardedCore, output_key: str
 ) -> None:
     with curve_client(core.address, key_of(core, "writer")) as client:
-        client.say(msgspec.structs.replace(client.hello, output_key=output_key))
+        client.say(msgspec.structs.replace(client.hello(), output_key=output_key))
         answer = client.hear()
         assert isinstance(answer, Refused) and answer.kind == "hello"
         assert "/" not in answer.reason and "127" not in answer.reason
@@ -401,7 +395,7 @@ def test_a_client_that_names_no_key_for_its_output_is_refused(
 @pytest.mark.parametrize("endpoint", ["tcp://10.0.0.1:80", "ipc:///etc/passwd", "inproc://x"])
 def test_a_core_connects_to_no_place_that_a_client_is_not(core: GuardedCore, endpoint: str) -> None:
     with curve_client(core.address, key_of(core, "writer")) as client:
-        client.say(msgspec.structs.replace(client.hello, output_endpoint=endpoint))
+        client.say(msgspec.structs.replace(client.hello(), output_endpoint=endpoint))
         answer = client.hear()
         assert isinstance(answer, Refused) and answer.kind == "hello"
 
@@ -523,7 +517,7 @@ def test_an_idle_connection_of_a_revoked_key_ends_too_and_what_it_says_is_not_re
             core.revoke("leaver")
             answer = client.hear()
             assert answer == Refused("revoked", "the key of leaver has been revoked")
-            client.say(client.hello)
+            client.say(client.hello())
             client.say(AddRequest(1, PROMPT, PARAMS))
             assert in_time(lambda: witness.stats().num_bad_messages == 2)
             assert witness.stats().num_running == 0

@@ -20,166 +20,100 @@ from footplate.protocol.errors import MessageTooLargeError
 from footplate.protocol.messages import (
     AbortRequests,
     AddRequest,
-    Attached,
-    AttachRequest,
     ClientMessage,
     ControlReply,
     CoreMessage,
-    Drain,
     EngineFailed,
-    EngineStopping,
-    ErrorKind,
     Finished,
     FinishReason,
-    GetStats,
     Goodbye,
     Hello,
-    Limits,
-    LogprobRows,
     Message,
-    ModelFacts,
-    ParkRequests,
-    Ping,
-    Pong,
-    Progress,
-    Refused,
-    ResetPrefixCache,
-    ResumeRequests,
     Started,
-    Stats,
     StepOutputs,
     Welcome,
 )
-from footplate.protocol.token_params import (
-    Grammar,
-    LogitAdjustments,
-    LogprobsMode,
-    LogprobsRequest,
-    ProcessorCall,
-    RepetitionDetection,
-    ThinkingBudget,
-    TokenParams,
-)
+from footplate.protocol.token_params import TokenParams
 
-EVERYTHING = TokenParams(
-    *(0.5, 1.0, 0, 0.0, 7, 3, 0, (2,)),
-    LogitAdjustments(
-        *(1.0, -1.0, 1.5, {3: 2.0}, (1, 2), ((4, 5),)),
-        thinking=ThinkingBudget(5, (6,), (7,)),
-        forced_token_ids=(8,),
-        processors=(ProcessorCall(0, {"x": [1]}),),
-    ),
-    LogprobsRequest(2, (1,), 0, (2,), 1, LogprobsMode.PROCESSED_LOGITS),
-    Grammar("start: /a/"),
-    RepetitionDetection(4, 1, 2),
-    True,
-)
-PARAMS = TokenParams(0.5, 1.0, 0, 0.0, 7, 3, 0, (2,))
-FACTS = ModelFacts("m", "t", "A", 10, 20, (2,), "float32", "cpu", "paged torch", 5, "int8")
-LIMITS = Limits(256, 512, "fcfs", 16, 100, True)
-STATS = Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
+from .samples import EVERYTHING, FACTS, FROM_CLIENT, FROM_CORE, LIMITS, PARAMS, STATS
 
-GOLDEN_CLIENT: list[tuple[Message, str]] = [
-    (Hello((1, 0), "ipc:///x"), "95a568656c6c6f920100a86970633a2f2f2f78c400a0"),
-    (
-        AddRequest(1, [300, 4], PARAMS, -1, "s"),
-        "9ea36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
-        "009102c0c0c0c0c2ffa1730190cb0000000000000000c0c0c2c2c0",
+# By the names of the samples.
+GOLDEN_CLIENT = {
+    "hello": "95a568656c6c6f920100a86970633a2f2f2f78c400a0",
+    "hello of a session": (
+        "95a568656c6c6f920102ae6970633a2f2f2f6e6f7768657265c40773657373696f6ea36b6579"
     ),
-    (
-        AddRequest(1, [300, 4], EVERYTHING, 0, "", 3, [5], 0.5, 1.0, 2.0),
-        "9ea36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000cb00000000000000000703"
-        "00910299cb3ff0000000000000cbbff0000000000000cb3ff80000000000008103cb4000000000000000"
-        "92010291920405930591069107910891920081a178910196029101009102010392aa73746172743a202f"
-        "612faa6c6c67756964616e636593040102c300a0039105cb3fe0000000000000cb3ff0000000000000cb"
-        "4000000000000000c2c2c0",
+    "ping": "92a470696e6703",
+    "add": (
+        "9ea3616464019214cd012c9dcb3feccccccccccccdcb3feccccccccccccd28cb3f847ae147ae147b071e0392"
+        "0203c0c0c0c0c200a00190cb0000000000000000c0c0c2c2c0"
     ),
-    (AbortRequests([1, 2]), "93a561626f7274920102c2"),
-    (Goodbye(), "91a3627965"),
-    (ResetPrefixCache(3), "92b272657365745f7072656669785f636163686503"),
-    (GetStats(4), "92a96765745f737461747304"),
-    (
-        Hello((1, 2), "ipc:///x", b"\1\2", "key"),
-        "95a568656c6c6f920102a86970633a2f2f2f78c4020102a36b6579",
+    "add with scores": (
+        "9ea361646402dc00501415141514151415141514151415141514151415141514151415141514151415141514"
+        "1514151415141514151415141514151415141514151415141514151415141514151415141514151415141514"
+        "159dcb0000000000000000cb3ff000000000000000cb00000000000000000709009099cb3ff0000000000000"
+        "cb0000000000000000cb3ff00000000000008128cb4014000000000000c090c0c0909603911102900000c0c0"
+        "c201a473616c740290cb0000000000000000c0c0c2c2c0"
     ),
-    (Ping(5), "92a470696e6705"),
-    (AttachRequest(6, "a-1"), "93a661747461636806a3612d31"),
-    (ParkRequests([1, 2]), "92a47061726b920102"),
-    (ResumeRequests([3]), "92a6726573756d659103"),
-    (Drain(4, 1.5), "93a5647261696e04cb3ff8000000000000"),
-    (AbortRequests([3], have_ended=True), "93a561626f72749103c3"),
-]
-
-GOLDEN_CORE: list[tuple[Message, str]] = [
-    (
-        Welcome(9, (1, 0), FACTS, LIMITS, 42, {"loading": 0.5}),
-        "9da777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab7061676564"
-        "20746f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe00000"
-        "000000008bac6d61785f6c6f6770726f627314ad6c6f6770726f62735f6d6f6465ac7261775f6c6f6770"
-        "726f6273af73747265616d5f696e74657276616c01b16c6f676974735f70726f636573736f727390b372"
-        "6561736f6e696e675f73746172745f737472c0b1726561736f6e696e675f656e645f737472c0b36d6178"
-        "5f6e756d5f7175657565645f72657173ce00010000b56d61785f6e756d5f7175657565645f746f6b656e"
-        "73c0b16d61785f756e726561645f746f6b656e73cd1000a76c656173655f73cb404e000000000000ab6c"
-        "656173655f6279746573ce0400000090c2a000a561646d696e",
+    "add with everything": (
+        "9ea3616464049214159dcb3fe0000000000000cb3ff000000000000000cb0000000000000000070300910299"
+        "cb3ff0000000000000cbbff0000000000000cb3ff80000000000008103cb4000000000000000920102919204"
+        "05930591069107910891920081a178910196029101009102010392aa73746172743a202f612faa6c6c677569"
+        "64616e636593040102c3ffa0039113cb3fe0000000000000cb3ff0000000000000cb4000000000000000c3c3"
+        "a46e616d65"
     ),
-    (
-        Progress("loading weights", 0.25),
-        "93a870726f6772657373af6c6f6164696e672077656967687473cb3fd0000000000000",
+    "add again": (
+        "9ea3616464089214159dcb3feccccccccccccdcb3feccccccccccccd28cb3f847ae147ae147b071e03920203"
+        "c0c0c0c0c200a001921e1fcb0000000000000000c0c0c3c2c0"
     ),
-    (
-        Refused("start", "no such folder"),
-        "93a772656675736564a57374617274ae6e6f207375636820666f6c646572",
+    "attach": "93a661747461636807a46e616d65",
+    "abort": "93a561626f7274920102c2",
+    "abort of what has ended": "93a561626f7274920708c3",
+    "park": "92a47061726b920105",
+    "resume": "92a6726573756d65920105",
+    "goodbye": "91a3627965",
+    "reset": "92b272657365745f7072656669785f636163686503",
+    "get stats": "92a96765745f737461747304",
+    "drain": "93a5647261696e05cb4004000000000000",
+}
+GOLDEN_CORE = {
+    "welcome": (
+        "9da777656c636f6d65099201009ba16da174a1410a149102a7666c6f61743332a3637075ab70616765642074"
+        "6f72636805a4696e743896cd0100cd0200a4666366731064c32a81a76c6f6164696e67cb3fe0000000000000"
+        "8bac6d61785f6c6f6770726f627314ad6c6f6770726f62735f6d6f6465ac7261775f6c6f6770726f6273af73"
+        "747265616d5f696e74657276616c01b16c6f676974735f70726f636573736f727390b3726561736f6e696e67"
+        "5f73746172745f737472c0b1726561736f6e696e675f656e645f737472c0b36d61785f6e756d5f7175657565"
+        "645f72657173ce00010000b56d61785f6e756d5f7175657565645f746f6b656e73c0b16d61785f756e726561"
+        "645f746f6b656e73cd1000a76c656173655f73cb404e000000000000ab6c656173655f6279746573ce040000"
+        "009101c2a000a561646d696e"
     ),
-    (
-        StepOutputs(9, [1, 2], [0, 5], [300, 4]),
-        "9aa36f75740992010292000592cd012c049090909090",
+    "progress": "93a870726f6772657373af6c6f6164696e672077656967687473cb3fd0000000000000",
+    "refused": "93a772656675736564a57374617274ae6e6f207375636820666f6c646572",
+    "pong": "96a4706f6e67030964c3cb3fe0000000000000",
+    "tokens": "9aa36f75740992010292000092cd012ccd012d9090909090",
+    "tokens with scores": (
+        "9aa36f757409930102039300000093cd012ccd012dcd012e909090919503009101c410110000001100000011"
+        "00000011000000c410000080bf000080bf000080bf000080bf90"
     ),
-    (
-        StepOutputs(
-            9,
-            [1, 2],
-            [0, 5],
-            [300, 4, 7],
-            [1, 2],
-            [Started(1, 16, 0.5, 0.25)],
-            [Finished(2, FinishReason.LENGTH), Finished(3, FinishReason.ERROR, "why")],
-        ),
-        "9aa36f75740992010292000593cd012c040792010291940110cb3fe0000000000000cb3fd00000000000"
-        "0092940201a000940303a3776879009090",
+    "runs": (
+        "9aa36f75740992010292000093cd012ccd012dcd012e92010291940110cb3fe0000000000000cb3fd0000000"
+        "000000909090"
     ),
-    (
-        StepOutputs(
-            9,
-            [1],
-            [0],
-            [300],
-            finished=[Finished(2, FinishReason.ERROR, "why", ErrorKind.GRAMMAR)],
-            logprobs=[LogprobRows(1, 0, [2], b"\x2c\x01\0\0", b"\0\0\x80\xbf")],
-            prompt_logprobs=[LogprobRows(1, 1, [1], b"\1\0\0\0", b"\0\0\0\0")],
-        ),
-        "9aa36f7574099101910091cd012c909091940203a377687903919501009102c4042c010000c404000080"
-        "bf919501019101c40401000000c40400000000",
+    "ends": (
+        "9aa36f75740992040592000092cd012ccd012d9091940400cb3fe0000000000000cb3fd00000000000009294"
+        "0600a000940703a3776879059091950801920102c4080100000001000000c4080000000000000000"
     ),
-    (
-        ControlReply(3, False, "requests are running"),
-        "95a57265706c7903c2b47265717565737473206172652072756e6e696e67c0",
+    "attached": (
+        "93a86174746163686564039ea3616464019214159dcb3fe0000000000000cb3ff000000000000000cb000000"
+        "00000000000703009102c0c0c0c0c200a00190cb0000000000000000c0c0c3c2a46e616d65"
     ),
-    (
-        ControlReply(4, True, "", STATS),
-        "95a57265706c7904c3a0dc00100102030405060708090a0b0000000000",
-    ),
-    (
-        EngineFailed("RuntimeError: out of memory"),
-        "92a66661696c6564bb52756e74696d654572726f723a206f7574206f66206d656d6f7279",
-    ),
-    (Pong(5, 9, 7, True, 0.25), "96a4706f6e67050907c3cb3fd0000000000000"),
-    (
-        Attached(6, AddRequest(1, [300, 4], PARAMS, is_replay=True, request_id="a-1")),
-        "93a86174746163686564069ea36164640192cd012c049dcb3fe0000000000000cb3ff000000000000000"
-        "cb00000000000000000703009102c0c0c0c0c200a00190cb0000000000000000c0c0c3c2a3612d31",
-    ),
-    (EngineStopping("told to end"), "92a873746f7070696e67ab746f6c6420746f20656e64"),
-]
+    "no": "95a57265706c7903c2b47265717565737473206172652072756e6e696e67c0",
+    "stats": "95a57265706c7904c3a0dc00100102030405060708090a0b0000000000",
+    "failed": "92a66661696c6564bb52756e74696d654572726f723a206f7574206f66206d656d6f7279",
+    "stopping": "92a873746f7070696e67ab746f6c6420746f20656e64",
+}
+GOLDEN = {**GOLDEN_CLIENT, **GOLDEN_CORE}
+SAMPLES = {**FROM_CLIENT, **FROM_CORE}
 
 
 # What peers of version 1.0 sent: later ones still read it.
@@ -269,14 +203,14 @@ def fields_of(frame_hex: str) -> list[Any]:
 
 every_message = pytest.mark.parametrize(
     ("message", "golden"),
-    GOLDEN_CLIENT + GOLDEN_CORE,
-    ids=lambda value: type(value).__name__ if isinstance(value, Message) else "",
+    [pytest.param(SAMPLES[name], golden, id=name) for name, golden in GOLDEN.items()],
 )
 
 
-def test_every_message_type_has_golden_bytes() -> None:
-    assert {type(m) for m, _ in GOLDEN_CLIENT} == set(ClientMessage.__args__)
-    assert {type(m) for m, _ in GOLDEN_CORE} == set(CoreMessage.__args__)
+def test_every_message_type_has_a_sample_and_each_its_golden_bytes() -> None:
+    assert {type(sample) for sample in FROM_CLIENT.values()} == set(ClientMessage.__args__)
+    assert {type(sample) for sample in FROM_CORE.values()} == set(CoreMessage.__args__)
+    assert (set(GOLDEN_CLIENT), set(GOLDEN_CORE)) == (set(FROM_CLIENT), set(FROM_CORE))
 
 
 @every_message
@@ -314,24 +248,25 @@ def test_fields_that_a_newer_peer_appended_are_ignored(message: Message, golden:
 
 
 @pytest.mark.parametrize(
-    ("message", "path"),
+    ("name", "path"),
     [
-        (GOLDEN_CLIENT[1], [3]),  # TokenParams
-        (GOLDEN_CORE[0], [3]),  # ModelFacts
-        (GOLDEN_CORE[0], [4]),  # Limits
-        (GOLDEN_CORE[4], [6, 0]),  # Started
-        (GOLDEN_CORE[4], [7, 1]),  # Finished
-        (GOLDEN_CORE[7], [4]),  # Stats
+        ("add", [3]),  # TokenParams
+        ("welcome", [3]),  # ModelFacts
+        ("welcome", [4]),  # Limits
+        ("runs", [6, 0]),  # Started
+        ("ends", [7, 1]),  # Finished
+        ("stats", [4]),  # Stats
     ],
 )
 def test_fields_that_a_newer_peer_appended_to_a_part_are_ignored(
-    message: tuple[Message, str], path: list[int]
+    name: str, path: list[int]
 ) -> None:
-    fields = part = fields_of(message[1])
+    message, fields = SAMPLES[name], fields_of(GOLDEN[name])
+    part = fields
     for index in path:
         part = part[index]
     part += ["new", [1]]
-    assert decode(type(message[0]), pack(fields)) == message[0]
+    assert decode(type(message), pack(fields)) == message
 
 
 @every_message
@@ -401,7 +336,8 @@ def test_mutated_frames_are_messages_or_bad_frames_and_nothing_else(
     from_client: bool, seed: int
 ) -> None:
     decoder: Decoder[Any] = client_message_decoder() if from_client else core_message_decoder()
-    golden = [bytes.fromhex(text) for _, text in (GOLDEN_CLIENT if from_client else GOLDEN_CORE)]
+    texts = GOLDEN_CLIENT if from_client else GOLDEN_CORE
+    golden = [bytes.fromhex(text) for text in texts.values()]
     dice, encoder, num_bad = random.Random(seed), Encoder(), 0
     for _ in range(5_000):
         frame = mutate(dice.choice(golden), dice.choice(golden), dice)
@@ -449,9 +385,9 @@ def test_a_bomb_is_a_bad_frame(frame: bytes) -> None:
 
 
 def test_a_frame_may_be_a_view_of_a_larger_buffer() -> None:
-    frame = bytes.fromhex(GOLDEN_CLIENT[2][1])
+    frame = bytes.fromhex(GOLDEN["add with everything"])
     view = memoryview(b"x" + frame + b"x")[1:-1]
-    assert client_message_decoder().decode(view) == GOLDEN_CLIENT[2][0]
+    assert client_message_decoder().decode(view) == SAMPLES["add with everything"]
 
 
 def test_the_largest_message_is_encoded_and_one_byte_more_is_refused_with_numbers() -> None:

@@ -174,8 +174,8 @@ class CheckingRunner:
         assert context == self._true_entries(request)
         position = length - request.num_prompt_tokens
         place = (request.client, request.handle, position)
-        num_prior = request.num_prior_tokens
-        if 0 < num_prior == position and self._marks.is_complete_before(*place):
+        num_prior, grammar = request.num_prior_tokens, request.params.grammar
+        if 0 < num_prior == position and self._marks.is_complete_before(*place, grammar):
             result.token_ids.append(-1)
             result.already_complete.add(row)
             self.seen["complete before"] += 1
@@ -193,7 +193,7 @@ class CheckingRunner:
         output = token_ids[request.num_prompt_tokens :]
         token_id = chosen_token(digest_prefix(token_ids), output, request.params, vocab_size)
         result.token_ids.append(token_id)
-        if self._marks.is_complete_at(*place):
+        if self._marks.is_complete_at(*place, grammar):
             result.complete.add(row)
         if (wanted := request.params.logprobs) and wanted.num_logprobs is not None:
             rank, ids, logprobs = row_of([*token_ids, token_id], length)

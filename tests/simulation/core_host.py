@@ -1,10 +1,12 @@
 """One engine-core process of the simulation: a real `EngineCore`, and what inbox, outbox, pulse and
 flight recorder do around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import numpy as np
+import numpy.typing as npt
 from msgspec.structs import replace
 
 from footplate.backend.engine_core import EngineCore
@@ -40,11 +42,20 @@ class CoreCrash(BaseException):
 
 
 class StreamMarks(Marks):
-    """Marks of a request, whichever connection it comes by and however much output with it."""
+    """Marks of a request, whichever connection it comes by and however much output with it. Its
+    grammar is its own, and the same in every core."""
 
-    def is_complete_before(self, client: bytes, handle: int, position: int) -> bool:
-        """A grammar that ended with a token allows nothing behind it in another core either."""
-        return self.is_complete_at(client, handle, position - 1)
+    def is_complete_at(
+        self, client: bytes, handle: int, position: int, grammar: Grammar | None
+    ) -> bool:
+        """See `Marks`."""
+        return grammar is not None and exact_length(grammar) == position + 1
+
+    def is_complete_before(
+        self, client: bytes, handle: int, position: int, grammar: Grammar | None
+    ) -> bool:
+        """See `Marks`."""
+        return grammar is not None and exact_length(grammar) == position
 
     def _place(self, client: bytes, handle: int, position: int) -> int:
         return super()._place(session_of(client), handle, position)
@@ -67,10 +78,34 @@ class MortalRunner(CheckingRunner):
         return super().execute(plan)
 
 
-class AnyOutput:
-    """A compiled grammar that means nothing: its end is marked."""
+def grammar_of(length: int) -> Grammar:
+    """Any output of so many tokens, and none of another length."""
+    return Grammar(str(length))
+
+
+def exact_length(grammar: Grammar) -> int:
+    """Of the outputs that it allows; 0 where it is no grammar."""
+    return 0 if grammar == BAD_GRAMMAR else int(grammar.text)
+
+
+@dataclass
+class ExactLength:
+    """Such a grammar, compiled, and its own matcher."""
+
+    num_left: int
 
     def start(self) -> Matcher:
+        """See `CompiledGrammar`."""
+        return ExactLength(self.num_left)
+
+    def advance(self, token_ids: Sequence[int]) -> bool:
+        """See `Matcher`."""
+        self.num_left -= len(token_ids)
+        if self.num_left < 0:
+            raise GrammarError("it is too long")
+        return not self.num_left
+
+    def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
         """No runner of the simulation asks for one."""
         raise AssertionError
 
@@ -90,9 +125,9 @@ class SlowCompiler:
         if grammar == BAD_GRAMMAR:
             self._under_way.append((key, GrammarError("as the test has it")))
         elif self._random.random() < 0.5:
-            self._under_way.append((key, AnyOutput()))
+            self._under_way.append((key, ExactLength(exact_length(grammar))))
         else:
-            return AnyOutput()
+            return ExactLength(exact_length(grammar))
         return None
 
     def take_finished(self) -> list[tuple[int, CompiledGrammar | GrammarError]]:
@@ -223,6 +258,11 @@ class CoreHost:
     def is_in_step(self) -> bool:
         """Whether the busy loop is inside a step."""
         return self._produced is not None
+
+    @property
+    def is_poisoned(self) -> bool:
+        """Whether the step it is in is one that no core survives."""
+        return any(request.cache_salt == POISON for request in self.runner.participants)
 
     @property
     def has_work(self) -> bool:

@@ -4,6 +4,7 @@ runner does it, and the oracle knows it."""
 from zlib import crc32
 
 from footplate.protocol.messages import ErrorKind
+from footplate.protocol.token_params import Grammar
 
 ERRORS = (ErrorKind.LOGITS, ErrorKind.PROCESSOR, ErrorKind.GRAMMAR)
 
@@ -20,11 +21,15 @@ class Marks:
         place = self._place(client, handle, position)
         return ERRORS[place % len(ERRORS)] if place < self._rate else None
 
-    def is_complete_at(self, client: bytes, handle: int, position: int) -> bool:
+    def is_complete_at(
+        self, client: bytes, handle: int, position: int, grammar: Grammar | None
+    ) -> bool:
         """Whether the grammar of this request ends with this token."""
         return self._rate <= self._place(client, handle, position) < 2 * self._rate
 
-    def is_complete_before(self, client: bytes, handle: int, position: int) -> bool:
+    def is_complete_before(
+        self, client: bytes, handle: int, position: int, grammar: Grammar | None
+    ) -> bool:
         """Whether the grammar of a request that comes with this much output has ended in it."""
         return 2 * self._rate <= self._place(client, handle, position) < 16 * self._rate
 

@@ -45,7 +45,7 @@ def expected_stream(
     while True:
         if kind := marks.error_at(client, handle, len(output)):
             return output[num_prior:], FinishReason.ERROR, kind
-        is_complete = marks.is_complete_at(client, handle, len(output))
+        is_complete = marks.is_complete_at(client, handle, len(output), params.grammar)
         token_id = chosen_token(digest, output, params, model.vocab_size)
         output.append(token_id)
         digest = digest_prefix([token_id], digest)
@@ -69,8 +69,8 @@ def chosen_token(digest: int, output: list[int], params: TokenParams, vocab_size
 
 def prior_ends_it(client: bytes, message: AddRequest, marks: Marks) -> bool:
     """Whether it ends without a token, because its grammar allows none behind what there is."""
-    num_prior = len(message.prior_token_ids)
-    return num_prior > 0 and marks.is_complete_before(client, message.handle, num_prior)
+    num_prior, grammar = len(message.prior_token_ids), message.params.grammar
+    return num_prior > 0 and marks.is_complete_before(client, message.handle, num_prior, grammar)
 
 
 def is_repetitive(output: list[int], wanted: RepetitionDetection | None) -> bool:

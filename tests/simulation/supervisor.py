@@ -74,6 +74,7 @@ class Supervisor:
         """The core is gone, wherever it was."""
         assert self.host is not None
         self.happened[why] += 1
+        self.happened["crash without a reason"] += has_crashed and not self.host.is_poisoned
         self._last = self.host.die(self._random, has_crashed=has_crashed)
         self.host = None
         self._replace(had_served=True)

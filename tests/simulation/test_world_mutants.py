@@ -151,6 +151,9 @@ MUTANTS = {
     "the end of what had ended is not told again": Mutant(
         Admission, "end_of_prior", "if not prior or not message.is_replay", "if True"
     ),
+    "a limit comes before the end of a grammar": Mutant(
+        engine_core_module, "_is_complete", "return grammar", "return False and grammar"
+    ),
     "preemption forgets to start again": Mutant(
         Scheduler, "_take_blocks_from", "request.num_computed_tokens = 0", "pass"
     ),

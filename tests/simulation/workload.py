@@ -12,9 +12,8 @@ from footplate.frontend.token_params import resolve_params
 from footplate.protocol.config import CacheConfig, RequestConfig, SchedulerConfig
 from footplate.protocol.messages import AddRequest, ModelFacts
 from footplate.protocol.params import RepetitionDetectionParams, RequestOutputKind
-from footplate.protocol.token_params import Grammar
 
-from .core_host import BAD_GRAMMAR, POISON, Setting, StreamMarks
+from .core_host import BAD_GRAMMAR, POISON, Setting, StreamMarks, grammar_of
 from .expectation import PIECES, ExpectedRequest, make_detokenizer
 from .recovering_session import RecoveringSession
 
@@ -99,8 +98,9 @@ class Workload:
     def _message(self, stream: RequestStream) -> AddRequest:
         random, setting, params = self._random, self._setting, stream.params
         grammar = None
-        if random.random() < 0.08:
-            grammar = BAD_GRAMMAR if random.random() < 0.3 else Grammar("good")
+        if random.random() < 0.2:
+            length = random.randint(1, random.choice((3, 10)))
+            grammar = BAD_GRAMMAR if random.random() < 0.1 else grammar_of(length)
         assert params.max_tokens is not None
         token_params = resolve_params(
             params,
