@@ -26,7 +26,7 @@ ALLOWED = {
     # The operator's own logits processors, as named in EngineArgs: no client's word gets here.
     ("backend/logits/processor.py", "import_module"),
     # The engine core, and the C++ compiler: fixed commands, no shell.
-    ("frontend/core_process.py", "subprocess"),
+    ("frontend/fork_server.py", "subprocess"),
     ("frontend/benchmark/report.py", "subprocess"),
     ("backend/kernels/build.py", "subprocess"),
 }

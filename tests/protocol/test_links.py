@@ -160,7 +160,7 @@ def test_a_core_connects_to_a_clients_own_endpoint() -> None:
         "",
         IPC,
         f"{IPC}.lock",
-        output_endpoint(IPC, new_client_id()),  # another client's
+        output_endpoint(IPC, b"another client"),
         "ipc:///etc/passwd",
         "ipc://@abstract",
         "inproc://x",

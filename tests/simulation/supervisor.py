@@ -128,12 +128,15 @@ class Progress:
     def __init__(self) -> None:
         self._since: float | None = None  # it is stuck
         self._unshown_since: float | None = None  # it has been stuck, and not been asked meanwhile
+        self._has_moved = False  # since it was last asked
         self._known_s = 0.0  # for how long that was at the beat before
-        self._least_slept_s = self._most_slept_s = 0.0
+        self._least_slept_s = self._most_slept_s = 0.0  # meanwhile
+        self._num_naps, self._napped_s = 0, 0.0  # since it is stuck
 
     def stop(self, now: float) -> None:
         """From now on it is stuck."""
         self._since = now
+        self._num_naps, self._napped_s = 0, 0.0
         if self._unshown_since is None:
             self._unshown_since = now
             self._least_slept_s = self._most_slept_s = 0.0
@@ -141,15 +144,23 @@ class Progress:
     def go_on(self) -> None:
         """It is stuck no longer."""
         self._since = None
+        self._has_moved = True
 
     def show(self) -> None:
         """It was asked, and has answered."""
         if self._since is None:
             self._unshown_since = None
+        elif self._has_moved:
+            self._unshown_since = self._since  # in another step than before
+            self._most_slept_s = self._napped_s
+            self._least_slept_s = self._napped_s - 2 * PATIENCE.beat_s * self._num_naps
+        self._has_moved = False
 
     def sleep(self, seconds: float) -> None:
         """So much time has passed in which nothing ran, the core and its watchdog included. Two
         beats of it may count: so long it may be from one to the next."""
+        self._num_naps += 1
+        self._napped_s += seconds
         self._most_slept_s += seconds
         self._least_slept_s += seconds - 2 * PATIENCE.beat_s
 

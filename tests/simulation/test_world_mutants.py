@@ -3,6 +3,7 @@ it relies on, is noticed within some hundreds of seeds, and most within a few.""
 
 import pytest
 
+from footplate.backend import awaited_grammars
 from footplate.backend import engine_core as engine_core_module
 from footplate.backend.admission import Admission
 from footplate.backend.block_pool import BlockPool
@@ -152,7 +153,7 @@ MUTANTS = {
         Admission, "end_of_prior", "if not prior or not message.is_replay", "if True"
     ),
     "a limit comes before the end of a grammar": Mutant(
-        engine_core_module, "_is_complete", "return grammar", "return False and grammar"
+        awaited_grammars, "_is_complete", "return grammar", "return False and grammar"
     ),
     "preemption forgets to start again": Mutant(
         Scheduler, "_take_blocks_from", "request.num_computed_tokens = 0", "pass"

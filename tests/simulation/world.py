@@ -372,12 +372,16 @@ class World:
             host.is_hung = True
 
     def _be_slow(self) -> None:
-        """One step takes seconds, and everybody waits."""
-        host = self.supervisor.host
-        if host is None or host.is_stopped or host.is_hung or host.is_in_step or not host.has_work:
-            return
-        if self._begin(host):
-            end = self.now + self._random.uniform(0.0, 5.0)
+        """One step takes seconds, and everybody waits; or several, one right behind the other, take
+        seconds together."""
+        num_steps, longest_s = self._random.choice(((1, 5.0), (1, 5.0), (12, 0.9)))
+        for _ in range(num_steps):
+            host = self.supervisor.host
+            if host is None or host.is_stopped or host.is_hung or host.is_in_step:
+                return
+            if not host.has_work or not self._begin(host):
+                return
+            end = self.now + self._random.uniform(0.0, longest_s)
             while self.now < end and self.supervisor.host is host:
                 self.now += PATIENCE.beat_s
                 self._keep_up()
