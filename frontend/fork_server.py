@@ -198,13 +198,16 @@ class ForkServer:
         self._sending = threading.Lock()
         with suppress(OSError):  # it is gone already: so will be what it is asked for
             self._link.send(Prepare(config))
-        threading.Thread(
+        listener = threading.Thread(
             target=self._children.hear,
             args=(self._link, self._process),
             name="fork server",
             daemon=True,
-        ).start()
-        self._finalizer = weakref.finalize(self, _stop, self._link, self._process, os.getpid())
+        )
+        listener.start()
+        self._finalizer = weakref.finalize(
+            self, _stop, self._link, self._process, listener, os.getpid()
+        )
 
     @property
     def is_alive(self) -> bool:
@@ -241,7 +244,9 @@ class ForkServer:
         self._finalizer()
 
 
-def _stop(link: ForkLink, process: "subprocess.Popen[bytes]", owner: int) -> None:
+def _stop(
+    link: ForkLink, process: "subprocess.Popen[bytes]", listener: threading.Thread, owner: int
+) -> None:
     if os.getpid() != owner:
         return  # in a fork of its owner, at whose end finalizers run as well
     link.close()
@@ -250,3 +255,5 @@ def _stop(link: ForkLink, process: "subprocess.Popen[bytes]", owner: int) -> Non
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    if listener is not threading.current_thread():  # which may have dropped the last reference
+        listener.join()
