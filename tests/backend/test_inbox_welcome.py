@@ -129,14 +129,15 @@ def test_who_waits_is_told_what_is_announced_last_although_the_inbox_is_busy_whe
     monkeypatch.setattr(inbox._gatekeeper, "refresh", refresh)
     inbox.announce(Progress("loading", 0.5))
     assert is_busy.wait(PATIENCE_S)
-    assert hear() == Progress("loading", 0.5)
     inbox.announce(Refused("start", "why"))
     closer = threading.Thread(target=inbox.close)
     closer.start()
     while not inbox._closing:
         pass
     may_go_on.set()
-    assert hear() == Refused("start", "why")
+    while isinstance(answer := hear(), Progress):
+        pass
+    assert answer == Refused("start", "why")
     closer.join(PATIENCE_S)
 
 

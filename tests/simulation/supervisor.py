@@ -130,10 +130,11 @@ class Progress:
         self._unshown_since: float | None = None  # it has been stuck, and not been asked meanwhile
         self._known_s = 0.0  # for how long that was at the beat before
         self._least_slept_s = self._most_slept_s = 0.0
+        self._least_slept_since_s = 0.0  # since it is stuck
 
     def stop(self, now: float) -> None:
         """From now on it is stuck."""
-        self._since = now
+        self._since, self._least_slept_since_s = now, 0.0
         if self._unshown_since is None:
             self._unshown_since = now
             self._least_slept_s = self._most_slept_s = 0.0
@@ -143,15 +144,17 @@ class Progress:
         self._since = None
 
     def show(self) -> None:
-        """It was asked, and has answered."""
-        if self._since is None:
-            self._unshown_since = None
+        """It was asked, and has answered: also in a step, which its answer gives the number of."""
+        if self._unshown_since != self._since:
+            self._unshown_since = self._since
+            self._least_slept_s = self._least_slept_since_s
 
     def sleep(self, seconds: float) -> None:
         """So much time has passed in which nothing ran, the core and its watchdog included. Two
         beats of it may count: so long it may be from one to the next."""
         self._most_slept_s += seconds
         self._least_slept_s += seconds - 2 * PATIENCE.beat_s
+        self._least_slept_since_s += seconds - 2 * PATIENCE.beat_s
 
     def check(self, verdict: Verdict, now: float) -> None:
         """The watchdog says so now. What it knows is one beat old."""

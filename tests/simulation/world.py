@@ -372,19 +372,21 @@ class World:
             host.is_hung = True
 
     def _be_slow(self) -> None:
-        """One step takes seconds, and everybody waits."""
+        """One step takes seconds, or some do in a row, and everybody waits. None is a hang."""
         host = self.supervisor.host
-        if host is None or host.is_stopped or host.is_hung or host.is_in_step or not host.has_work:
+        if host is None or host.is_stopped or host.is_hung or host.is_in_step:
             return
-        if self._begin(host):
-            end = self.now + self._random.uniform(0.0, 5.0)
+        for _ in range(self._random.choice((1, 1, 3))):
+            if not host.has_work or not self._begin(host):
+                return
+            end = self.now + self._random.uniform(0.0, 4.0)
             while self.now < end and self.supervisor.host is host:
                 self.now += PATIENCE.beat_s
                 self._keep_up()
                 self._carry_to_core(2)
-            # One that was stopped just before has been silent for long enough to be ended.
-            if self.supervisor.host is host:
-                self._end(host)
+            if self.supervisor.host is not host:
+                return  # it was stopped just before, and so it has been silent for too long
+            self._end(host)
 
     def _suspend(self) -> None:
         """The whole machine, for a minute or an hour."""
