@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from footplate.backend.fail_points import VARIABLE
 from footplate.frontend import AsyncLLMEngine, SamplingParams
 from footplate.frontend.link_keys import new_key_pair
 from footplate.protocol.errors import EngineDeadError, EngineDrainingError
@@ -176,8 +177,11 @@ async def test_a_signal_lets_requests_finish_and_nothing_is_left(
 
 @pytest.mark.parametrize("way", ["at its deadline", "at a second signal"])
 async def test_what_does_not_finish_is_aborted(
-    run: Run, address: str, folder: Path, way: str
+    run: Run, address: str, folder: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As fast as a model, so that the client is not thousands of steps behind on a busy machine:
+    # who is, does not hear the end within the time that is left for it.
+    monkeypatch.setenv(VARIABLE, "runner.execute:sleep=0.001")
     program = launch(run, address, "--drain-timeout-s", "0.2" if "deadline" in way else "60")
     wait_until_ready(program)
     async with AsyncLLMEngine.connect(address) as engine:

@@ -95,7 +95,7 @@ def reference(
     return found
 
 
-@pytest.mark.parametrize("eos", [(), (EOS, 5)], ids=str)
+@pytest.mark.parametrize("eos", [pytest.param((), marks=pytest.mark.thorough), (EOS, 5)], ids=str)
 async def test_beams_are_those_of_transformers(
     eos: tuple[int, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
