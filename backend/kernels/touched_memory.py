@@ -2,7 +2,7 @@
 
 The system hands out memory when it is first touched, and in a virtual machine whose host does the
 same that costs ten times what writing to it costs: an eighth of the time of the first prompts.
-While torch is being imported one core is idle. Imports no torch.
+While weights are loaded one core is idle. Imports no torch.
 """
 
 import ctypes
