@@ -58,8 +58,7 @@ from footplate.protocol.messages import (
 logger = logging.getLogger(__name__)
 
 BACKLOG_RETRY_S = 0.002
-# No other core is waiting for this one to end, and what clients do not hear now they never will:
-# one that reads may be a thousand steps behind.
+# No other core is waiting for this one to end, and what clients do not hear now they never will.
 FAREWELL_S = 3.0
 # A deadline may be further away than the operating system can wait (some 292 years).
 LONGEST_SLEEP_S = 3600.0

@@ -13,6 +13,8 @@ from footplate.backend.inbox import close_monitored
 logger = logging.getLogger(__name__)
 
 LAST_WORDS_S = 0.5
+# Within what a supervisor gives a core that it has told to end.
+MOST_LAST_WORDS_S = 10.0
 
 
 @dataclass(slots=True)
@@ -73,30 +75,36 @@ class Outbox:
         lane.backlog_bytes += len(frame)
         return True
 
-    def flush(self) -> None:
-        """Send what could not be sent before, in order."""
+    def flush(self) -> bool:
+        """Send what could not be sent before, in order; whether anything was."""
+        has_sent = False
         for lane in self._lanes.values():
             while lane.backlog and _push(lane, lane.backlog[0]):
                 lane.backlog_bytes -= len(lane.backlog.popleft())
+                has_sent = True
+        return has_sent
 
     def broadcast(
         self, frame: bytes, frame_for_outsiders: bytes, patience_s: float = LAST_WORDS_S
     ) -> None:
         """Tell everyone the last words, behind all that is to be said before; those who read get
-        them.
+        them, and may be thousands of steps behind.
 
         Args:
-            patience_s: the longest that anybody is waited for.
+            patience_s: the longest that is waited for somebody to take something.
         """
         for lane in self._lanes.values():
             words = frame if lane.is_insider else frame_for_outsiders
             lane.backlog.append(words)
             lane.backlog_bytes += len(words)
-        deadline = time.monotonic() + patience_s
+        begun = last = time.monotonic()
         self.flush()
-        while self.has_backlog and time.monotonic() < deadline:
+        while self.has_backlog and (now := time.monotonic()) - last < patience_s:
+            if now - begun > MOST_LAST_WORDS_S:
+                break
             time.sleep(LAST_WORDS_S / 50)
-            self.flush()
+            if self.flush():
+                last = time.monotonic()
 
     def close(self) -> None:
         """Close all sockets; what they hold is still delivered within their linger time. Nobody

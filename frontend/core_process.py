@@ -21,8 +21,8 @@ from footplate.protocol.messages import STANDING_BY, CoreMessage, Progress, Refu
 # A core exits within milliseconds of the end of its death line; one that does not is hung, and the
 # event loop waits with us.
 STOP_TIMEOUT_S = 0.5
-# One that is asked to end finishes its step, and tells its clients.
-TERMINATE_TIMEOUT_S = 5.0
+# One that is asked to end finishes its step, and tells its clients, for ten seconds if they read.
+TERMINATE_TIMEOUT_S = 12.0
 
 
 class CoreProcess:

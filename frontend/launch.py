@@ -121,7 +121,7 @@ class _Launcher:
         except EngineError as failure:
             error = failure
         finally:
-            await self._supervisor.end()
+            await self._until_signal(self._supervisor.end())
             self._session.stop()
         if error is None:
             return 0

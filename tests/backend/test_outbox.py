@@ -1,7 +1,8 @@
 """What a client does not read costs its budget, and last words reach those who do."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import zmq
@@ -21,7 +22,7 @@ class Link:
         self.pull = self._context.socket(zmq.PULL)
         self.pull.set(zmq.RCVHWM, 1)
         self.pull.bind("inproc://outputs")
-        push = self._context.socket(zmq.PUSH)
+        self._push = push = self._context.socket(zmq.PUSH)
         push.set(zmq.SNDHWM, 1)
         push.set(zmq.LINGER, 0)
         push.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -36,6 +37,12 @@ class Link:
             assert self.outbox.send(CLIENT, b"%d" % number)
             number += 1
         return number
+
+    def read_one(self) -> bytes:
+        """One frame, whose place is free then."""
+        frame = self.pull.recv()
+        assert self._push.poll(5000, zmq.POLLOUT)
+        return frame
 
     def read_until(self, last: bytes) -> list[bytes]:
         frames: list[bytes] = []
@@ -107,3 +114,40 @@ def test_last_words_wait_for_nobody_for_long(link: Link, monkeypatch: pytest.Mon
     link.fill()
     link.outbox.broadcast(b"last", b"last")
     assert link.outbox.has_backlog
+
+
+@dataclass
+class Clock:
+    """Time passes while somebody waits, and then `meanwhile` happens."""
+
+    meanwhile: Callable[[], object]
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 0.9
+        self.meanwhile()
+
+
+def test_last_words_wait_for_a_reader_who_is_far_behind_as_long_as_it_reads(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(meanwhile=link.read_one)
+    monkeypatch.setattr(outbox_module, "time", clock)
+    for number in range(link.fill(), 10):
+        link.outbox.send(CLIENT, b"%d" % number)
+    link.outbox.broadcast(b"last", b"last", patience_s=1.0)
+    assert not link.outbox.has_backlog
+    assert clock.now > 4.0
+
+
+def test_last_words_wait_for_nobody_without_end(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(meanwhile=lambda: link.outbox.send(CLIENT, b"x") and link.read_one())
+    monkeypatch.setattr(outbox_module, "time", clock)
+    link.fill()
+    link.outbox.broadcast(b"last", b"last", patience_s=1.0)
+    assert clock.now < outbox_module.MOST_LAST_WORDS_S + 1.0
