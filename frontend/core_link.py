@@ -11,7 +11,7 @@ from footplate.frontend.core_watch import CoreWatch
 from footplate.frontend.loss import Loss, LossKind
 from footplate.frontend.supervisor import Supervisor
 from footplate.frontend.watchdog import Patience, Verdict
-from footplate.frontend.weak_callbacks import weakly
+from footplate.frontend.weak_callbacks import weakly, weakly_soon
 from footplate.protocol.errors import EngineStartError
 from footplate.protocol.keys import ClientKeys
 from footplate.protocol.links import new_session
@@ -112,7 +112,7 @@ class CoreLink:
             EngineStartError: with the root cause.
         """
         if self._supervisor is not None:
-            self._supervisor.listen(self._make_exit_callback())
+            self._supervisor.listen(weakly_soon(self._on_core_exit))
             self._address = self._supervisor.start()
             # Until the core is there to say how far it is.
             self._on_progress(Progress("importing", 0.0))
@@ -180,7 +180,7 @@ class CoreLink:
         other._supervisor = None
         self._address = other._address
         self._start_timeout_s, self._patience = other._start_timeout_s, other._patience
-        self._supervisor.listen(self._make_exit_callback())
+        self._supervisor.listen(weakly_soon(self._on_core_exit))
         return asyncio.get_running_loop().run_in_executor(None, predecessor.stop)
 
     # ---- a core goes
@@ -199,15 +199,6 @@ class CoreLink:
         loop, lose = asyncio.get_running_loop(), weakly(self.lose)
         delay_s = OWN_CORE_EXIT_S if waits else 0.0
         self._losing = self._losing or loop.call_later(delay_s, lose, loss)
-
-    def _make_exit_callback(self) -> Callable[[EngineStartError], None]:
-        loop, tell = asyncio.get_running_loop(), weakly(self._on_core_exit)
-
-        def on_exit(error: EngineStartError) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-                loop.call_soon_threadsafe(tell, error)
-
-        return on_exit
 
     def _on_core_exit(self, error: EngineStartError) -> None:
         if self._supervisor is None or not self._supervisor.has_ended:

@@ -22,6 +22,7 @@ from footplate.frontend.fork_server import ForkServer
 from footplate.frontend.oom_kills import count_oom_kills
 from footplate.frontend.restart_budget import RestartBudget
 from footplate.frontend.shared_memory import SharedMemory
+from footplate.frontend.weak_callbacks import weakly, weakly_soon
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.errors import EngineDeadError, EngineStartError
 from footplate.protocol.links import make_private_dir
@@ -69,6 +70,7 @@ class Supervisor:
         self._shared: SharedMemory | None = None
         self._spare: CoreProcess | None = None
         self._spare_listener = _Listener()
+        self._spare_budget = RestartBudget(args.max_restarts, args.restart_window_s)
         self._killed_for: str | None = None
         self._num_oom_kills = 0  # of the system, when the core was started
         self._folder: weakref.finalize[..., Supervisor] | None = None
@@ -132,12 +134,28 @@ class Supervisor:
         if self._args.standby and (self._spare is None or self._spare.exit_status is not None):
             assert self._config is not None
             self._spare_listener = _Listener()
-            self._spare_listener.tell = _log_end_of_spare
+            self._spare_listener.tell = weakly_soon(self._on_spare_end)
             config = msgspec.structs.replace(self._config, is_standby=True)
             try:
                 self._spare = self._make_process(config, self._spare_listener)
             except OSError as error:  # too many processes, or no memory for one: none is spare
                 logger.warning("no spare engine core can be started: %s", error)
+
+    def _on_spare_end(self, error: EngineStartError) -> None:
+        spare = self._spare
+        if spare is None or spare.exit_status is None:
+            return  # it is about one that another has followed
+        logger.warning("the spare engine core has ended: %s", error)
+        delay_s = self._spare_budget.spend(time.monotonic(), had_served=spare.is_standing_by)
+        if delay_s is None:
+            logger.warning("no other spare is started until the core is replaced")
+        else:
+            loop = asyncio.get_running_loop()
+            loop.call_later(delay_s, weakly(self._replace_spare), spare)
+
+    def _replace_spare(self, spare: CoreProcess) -> None:
+        if self._spare is spare:  # nothing has come of the engine meanwhile
+            self.stand_by()
 
     async def restart(self, cause: str, *, had_served: bool, has_failed: bool) -> None:
         """Replace a core that has ended, or is of no use any more.
@@ -223,10 +241,6 @@ class Supervisor:
             self._shared = None
         if self._folder is not None:
             self._folder()
-
-
-def _log_end_of_spare(error: EngineStartError) -> None:
-    logger.warning("the spare engine core has ended: %s", error)
 
 
 def _remove(folder: Path, owner: int) -> None:

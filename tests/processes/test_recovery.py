@@ -396,6 +396,31 @@ async def test_a_spare_that_cannot_be_started_is_done_without(
         assert await tokens_of(engine, 0)
 
 
+async def test_a_spare_that_dies_is_followed_by_another_while_the_budget_lasts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    args = EngineArgs(model="fake", standby=True, max_restarts=2)
+    async with AsyncLLMEngine.from_engine_args(args) as engine:
+        core = engine.process_id
+        server = psutil.Process(core).parent()
+        assert server is not None
+
+        def spares() -> list[int]:
+            return [child.pid for child in server.children() if child.pid != core]
+
+        gone: list[int] = []
+        for _ in range(3):
+            assert await asyncio.to_thread(in_time, lambda: set(spares()) - set(gone))
+            (spare,) = set(spares()) - set(gone)
+            gone.append(spare)
+            os.kill(spare, signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE_S):
+            while "no other spare is started" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert engine.process_id == core
+        assert caplog.text.count("the spare engine core has ended") == 3
+
+
 async def test_the_memory_that_cores_share_goes_with_a_shutdown() -> None:
     engine = AsyncLLMEngine.from_engine_args(EngineArgs(model="fake", standby=True))
     for _ in range(2):
