@@ -18,11 +18,12 @@ def is_free(address: str) -> bool:
 
 def _is_path_free(path: Path) -> bool:
     try:
-        holder = int(path.with_name(f"{path.name}.lock").read_text())
-        os.kill(holder, 0)
-    except (OSError, ValueError):
-        return True  # no lock, or one that nobody holds any more
-    return False
+        lock = path.with_name(f"{path.name}.lock").stat().st_ino
+        # Not by trying: whoever wants it at this moment would not get it.
+        held = Path("/proc/locks").read_text()
+    except OSError:
+        return True  # no lock, or no way to know
+    return f":{lock} " not in held
 
 
 def _is_port_free(host: str, port: int) -> bool:
