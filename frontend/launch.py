@@ -42,7 +42,7 @@ SILENT_S = 3.0
 AT_ONCE_S = 1.0
 # Within which clients have come to a core that has just taken another's place, and said what they
 # want of it. One that is drained before has nothing to finish.
-REATTACH_S = 0.5
+REATTACH_S = 1.0
 
 T = TypeVar("T")
 
@@ -146,9 +146,27 @@ class _Launcher:
 
     async def _drain(self) -> None:
         """Let requests finish, for a while; a second signal ends them at once."""
-        if self._session.state is EngineState.RESTARTING:
-            await self._until_signal(self._session.call(GetStats))  # answered by the next core
+        deadline = time.monotonic() + self._drain_timeout_s
+        while self._num_signals == 1:
+            serves, num_restarts = (
+                self._session.state is EngineState.SERVING,
+                self._session.num_restarts,
+            )
+            await self._print_num_left()
+            if self._num_signals == 1:
+                left_s = max(0.0, deadline - time.monotonic())
+                await self._until_signal(self._session.drain(left_s))
+            if serves and self._session.num_restarts == num_restarts:
+                break
+            # Another core has taken over meanwhile: what clients had in the one before comes back
+            # with them, and is to finish as well.
             await self._until_signal(asyncio.sleep(REATTACH_S))
+        if self._num_signals > 1:
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(AT_ONCE_S):
+                    await self._session.drain(0.0)
+
+    async def _print_num_left(self) -> None:
         reply = await self._until_signal(self._session.call(GetStats))
         stats = None if reply is None else reply.stats
         if stats is not None and (num_left := stats.num_running + stats.num_waiting):
@@ -157,12 +175,6 @@ class _Launcher:
                 f"{self._drain_timeout_s:g} s (a second signal ends them)",
                 file=sys.stderr,
             )
-        if self._num_signals == 1:
-            await self._until_signal(self._session.drain(self._drain_timeout_s))
-        if self._num_signals > 1:
-            with contextlib.suppress(EngineError, TimeoutError):
-                async with asyncio.timeout(AT_ONCE_S):
-                    await self._session.drain(0.0)
 
 
 class _ProgressBar:

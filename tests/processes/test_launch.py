@@ -16,9 +16,11 @@ import pytest
 
 from footplate.backend.fail_points import VARIABLE
 from footplate.frontend import AsyncLLMEngine, SamplingParams
+from footplate.frontend.core_link import CoreLink
 from footplate.frontend.link_keys import new_key_pair
 from footplate.protocol.errors import EngineDeadError, EngineDrainingError
 from footplate.protocol.keys import Guest, make_client_key, make_server_key
+from footplate.protocol.messages import Welcome
 
 from .conftest import PATIENCE_S, Program, files_in, in_time, is_gone
 
@@ -144,6 +146,29 @@ async def test_a_signal_while_its_core_is_replaced_lets_requests_finish_too(
             while engine.is_running:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         program.signal(signal.SIGTERM)
+        reasons = [output.outputs[0].finish_reason async for output in stream]
+        assert reasons[-1] == "length"
+    assert program.status() == 0
+
+
+async def test_a_core_that_is_killed_while_it_is_drained_is_followed_by_one_that_waits_for_clients(
+    run: Run, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = launch(run, address)
+    core = wait_until_ready(program)
+    connect = CoreLink.connect
+
+    async def connect_late(self: CoreLink, timeout_s: float) -> Welcome:
+        await asyncio.sleep(0.3)  # the next core has been there for long by then
+        return await connect(self, timeout_s)
+
+    async with AsyncLLMEngine.connect(address) as engine:
+        stream = await engine.add_request(None, [20], FOREVER)
+        await anext(stream)
+        monkeypatch.setattr(CoreLink, "connect", connect_late)
+        program.signal(signal.SIGTERM)
+        program.line_with("1 requests are left")
+        os.kill(core, signal.SIGKILL)
         reasons = [output.outputs[0].finish_reason async for output in stream]
         assert reasons[-1] == "length"
     assert program.status() == 0
