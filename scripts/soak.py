@@ -4,6 +4,7 @@ garbage at random, and watch its tokens and its memory.
 
 scripts/soak.py                              30 minutes, fake model
 scripts/soak.py --model demo --minutes 10
+scripts/soak.py --faults stop garbage        one core all the time: whether its memory levels off
 """
 
 import argparse
@@ -103,7 +104,7 @@ async def watch(engine: AsyncLLMEngine, load: Load, samples: list[Sample]) -> No
 async def soak(options: argparse.Namespace) -> bool:
     """Whether every token was right."""
     dice = Random(options.seed)
-    faults = [make_fault(name, dice) for name in FAULTS]
+    faults = [make_fault(name, dice) for name in options.faults]
     restarts = Restarts(Kill(dice))
     # Few blocks: their prefix cache is full within a minute, and does not look like a leak.
     args = {**engine_args(options), "num_gpu_blocks_override": NUM_BLOCKS}
@@ -154,6 +155,7 @@ def main() -> int:
     parser.add_argument("--model", default="fake", help="fake, demo, or a folder")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--every", type=float, default=60.0, help="mean seconds between faults")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--requests", type=int, default=280, help="different ones")
     parser.add_argument("--log", default=os.devnull, help="a file for what the cores say")
