@@ -19,6 +19,7 @@ from footplate.backend.core_files import CoreFiles
 from footplate.protocol.codec import Encoder
 from footplate.protocol.config import CoreConfig
 from footplate.protocol.messages import Message
+from footplate.protocol.pipes import read_exactly
 
 
 class ParentLine:
@@ -98,17 +99,8 @@ class ParentLine:
             os._exit(0)
 
     def _read(self) -> CoreConfig:
-        (size,) = struct.unpack("<I", self._read_exactly(4))
-        config = msgspec.msgpack.decode(self._read_exactly(size), type=CoreConfig)
+        (size,) = struct.unpack("<I", read_exactly(self._pipe, 4))
+        config = msgspec.msgpack.decode(read_exactly(self._pipe, size), type=CoreConfig)
         if not config.is_standby:
             self._files = CoreFiles(config)
         return config
-
-    def _read_exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            chunk = os.read(self._pipe, size - len(data))
-            if not chunk:
-                raise EOFError
-            data += chunk
-        return data

@@ -13,6 +13,7 @@ from contextlib import suppress
 import msgspec
 
 from footplate.protocol.config import CoreConfig
+from footplate.protocol.pipes import read_exactly
 
 # Of a child: its standard input and output, then memory for packed weights, if cores share it.
 MAX_FILES = 3
@@ -90,7 +91,7 @@ class ForkLink:
         try:
             header, files = self._receive_header()
             (size,) = _HEADER.unpack(header)
-            return self._decode(self._receive_exactly(size)), files
+            return self._decode(read_exactly(self._end.fileno(), size)), files
         except ConnectionError:
             raise EOFError from None
 
@@ -101,16 +102,8 @@ class ForkLink:
         files = array.array("i")
         for _, _, data in ancillary:
             files.frombytes(data)
-        return header + self._receive_exactly(_HEADER.size - len(header)), files.tolist()
-
-    def _receive_exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            chunk = self._end.recv(size - len(data))
-            if not chunk:
-                raise EOFError
-            data += chunk
-        return data
+        rest = read_exactly(self._end.fileno(), _HEADER.size - len(header))
+        return header + rest, files.tolist()
 
     def close(self) -> None:
         """Let the other end see an end."""
